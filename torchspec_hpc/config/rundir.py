@@ -1,0 +1,98 @@
+"""One run, one directory: the only place that knows its layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from torchspec_hpc.errors import UserError
+
+
+class RunDir:
+    """Paths of a run on the shared file system.
+
+    ``TORCHSPEC_LOG_DIR`` (absolute, shared) moves the log tree elsewhere.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root).absolute()
+
+    config = property(lambda self: self.root / "config.yaml")
+    provenance = property(lambda self: self.root / "provenance.json")
+    run_json = property(lambda self: self.root / "run.json")
+    metrics = property(lambda self: self.root / "metrics.jsonl")
+    tensorboard = property(lambda self: self.root / "tensorboard")
+    checkpoints = property(lambda self: self.root / "checkpoints")
+    export = property(lambda self: self.root / "export")
+    control = property(lambda self: self.root / "control")
+    # control: small files, written whole and renamed into place
+    secret = property(lambda self: self.control / "secret")
+    endpoints = property(lambda self: self.control / "endpoints.json")
+    stop = property(lambda self: self.control / "stop")
+    done = property(lambda self: self.control / "done")
+    errors = property(lambda self: self.control / "errors")
+    exit_codes = property(lambda self: self.control / "exit_codes.json")
+    heartbeats = property(lambda self: self.control / "heartbeats")
+
+    def attempt_dir(self, attempt: int) -> Path:
+        """Rendered script and header of one attempt."""
+        return self.root / "job" / f"attempt_{attempt}"
+
+    @property
+    def logs(self) -> Path:
+        """Root of the log tree of this run."""
+        moved = os.environ.get("TORCHSPEC_LOG_DIR")
+        if not moved:
+            return self.root / "logs"
+        if not os.path.isabs(moved):
+            raise UserError(
+                f"TORCHSPEC_LOG_DIR is {moved!r}", allowed="an absolute path on a shared disk"
+            )
+        return Path(moved) / self.root.name
+
+    def attempt_logs(self, attempt: int) -> Path:
+        """Logs of one attempt."""
+        return self.logs / f"attempt_{attempt}"
+
+    def rank_log(self, attempt: int, role: str, node: str, rank: int) -> Path:
+        """A new log file of one rank.
+
+        Args:
+            attempt: Counts from 0.
+            role: ``training`` or ``inference``.
+            node: Host name as Slurm knows it.
+            rank: Global rank in the group.
+        """
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        folder = self.attempt_logs(attempt) / role / node
+        return folder / f"{role}_rank{rank}_{stamp}.log"
+
+    def create(self) -> None:
+        """Makes the directories that must exist before anything is submitted.
+
+        Raises:
+            UserError: The directory cannot be written.
+        """
+        try:
+            for folder in (self.root, self.control, self.errors, self.heartbeats, self.logs):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot write the run directory {self.root}: {error.strerror}",
+                hint="choose another output_dir, on a disk that every node can write",
+            ) from error
+
+
+def write_atomic(path: Path, content: str | dict[str, Any], mode: int = 0o644) -> None:
+    """Writes a file whole or not at all: temporary name, fsync, rename."""
+    text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,55 @@
+"""Field types that know where a configuration came from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, ValidationInfo
+from pydantic.types import ByteSize
+
+
+class FromCommandLine(str):
+    """A string given as an override: its relative paths start at the working directory."""
+
+
+def _base(value: str, info: ValidationInfo) -> Path:
+    if isinstance(value, FromCommandLine) or not info.context:
+        return Path.cwd()
+    return Path(info.context["base_dir"])
+
+
+def _resolve_path(value: Any, info: ValidationInfo) -> Any:
+    if not isinstance(value, str):
+        return value
+    return os.path.normpath(_base(value, info) / Path(value).expanduser())
+
+
+def _resolve_model(value: Any, info: ValidationInfo) -> Any:
+    """A directory if it is one or is spelled like one; otherwise a Hugging Face hub id."""
+    if not isinstance(value, str):
+        return value
+    spelled_as_path = value.startswith(("./", "../", "/", "~")) or value in (".", "..")
+    candidate = Path(os.path.normpath(_base(value, info) / Path(value).expanduser()))
+    return str(candidate) if spelled_as_path or candidate.is_dir() else str(value)
+
+
+def _parse_bytes(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise ValueError("give a size such as 4GiB, 512MiB or a whole number of bytes")
+    return value
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+#: A file or directory; relative ones start at the directory of the YAML file.
+PathStr = Annotated[str, BeforeValidator(_resolve_path)]
+#: A model directory or a hub id.
+ModelRef = Annotated[str, BeforeValidator(_resolve_model)]
+#: A number of bytes, or a string such as ``4GiB``.
+Bytes = Annotated[ByteSize, BeforeValidator(_parse_bytes)]
+Ints = Annotated[tuple[int, ...], BeforeValidator(_tuple)]
+Strs = Annotated[tuple[str, ...], BeforeValidator(_tuple)]

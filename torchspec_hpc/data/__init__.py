@@ -1,0 +1,1 @@
+"""Conversations in, token ids and loss masks out, in a reproducible order."""

@@ -1,0 +1,1 @@
+"""Draft models and their losses: pure torch, no input or output."""

@@ -1,0 +1,1 @@
+"""From a checkpoint to a draft directory that engines serve, and its measure."""

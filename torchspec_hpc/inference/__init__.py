@@ -1,0 +1,1 @@
+"""The inference group: engines that turn token ids into hidden states."""

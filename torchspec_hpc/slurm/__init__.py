@@ -1,0 +1,1 @@
+"""The job: submission, the batch script, the supervisor. Never imports torch."""

@@ -1,0 +1,1 @@
+"""What we know of the target model: its shape, its tokenizer, three of its tensors."""

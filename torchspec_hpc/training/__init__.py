@@ -1,0 +1,1 @@
+"""The training group: FSDP2 trainers started by torchrun."""
