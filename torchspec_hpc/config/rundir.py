@@ -20,22 +20,22 @@ class RunDir:
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root).absolute()
 
-    config = property(lambda self: self.root / "config.yaml")
-    provenance = property(lambda self: self.root / "provenance.json")
-    run_json = property(lambda self: self.root / "run.json")
-    metrics = property(lambda self: self.root / "metrics.jsonl")
-    tensorboard = property(lambda self: self.root / "tensorboard")
-    checkpoints = property(lambda self: self.root / "checkpoints")
-    export = property(lambda self: self.root / "export")
-    control = property(lambda self: self.root / "control")
-    # control: small files, written whole and renamed into place
-    secret = property(lambda self: self.control / "secret")
-    endpoints = property(lambda self: self.control / "endpoints.json")
-    stop = property(lambda self: self.control / "stop")
-    done = property(lambda self: self.control / "done")
-    errors = property(lambda self: self.control / "errors")
-    exit_codes = property(lambda self: self.control / "exit_codes.json")
-    heartbeats = property(lambda self: self.control / "heartbeats")
+        self.config = self.root / "config.yaml"
+        self.provenance = self.root / "provenance.json"
+        self.run_json = self.root / "run.json"
+        self.metrics = self.root / "metrics.jsonl"
+        self.tensorboard = self.root / "tensorboard"
+        self.checkpoints = self.root / "checkpoints"
+        self.export = self.root / "export"
+        # control: small files, written whole and renamed into place
+        self.control = self.root / "control"
+        self.secret = self.control / "secret"
+        self.endpoints = self.control / "endpoints.json"
+        self.stop = self.control / "stop"
+        self.done = self.control / "done"
+        self.errors = self.control / "errors"
+        self.exit_codes = self.control / "exit_codes.json"
+        self.heartbeats = self.control / "heartbeats"
 
     def attempt_dir(self, attempt: int) -> Path:
         """Rendered script and header of one attempt."""
@@ -47,7 +47,7 @@ class RunDir:
         moved = os.environ.get("TORCHSPEC_LOG_DIR")
         if not moved:
             return self.root / "logs"
-        if not os.path.isabs(moved):
+        if not Path(moved).is_absolute():
             raise UserError(
                 f"TORCHSPEC_LOG_DIR is {moved!r}", allowed="an absolute path on a shared disk"
             )
@@ -95,4 +95,4 @@ def write_atomic(path: Path, content: str | dict[str, Any], mode: int = 0o644) -
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    temporary.replace(path)

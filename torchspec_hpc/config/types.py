@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ValidationInfo
-from pydantic.types import ByteSize
+from pydantic import BeforeValidator, ByteSize, TypeAdapter, ValidationInfo
+
+_BYTE_SIZE = TypeAdapter(ByteSize)
 
 
 class FromCommandLine(str):
@@ -38,7 +39,7 @@ def _resolve_model(value: Any, info: ValidationInfo) -> Any:
 def _parse_bytes(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise ValueError("give a size such as 4GiB, 512MiB or a whole number of bytes")
-    return value
+    return int(_BYTE_SIZE.validate_python(value))
 
 
 def _tuple(value: Any) -> Any:
@@ -50,6 +51,6 @@ PathStr = Annotated[str, BeforeValidator(_resolve_path)]
 #: A model directory or a hub id.
 ModelRef = Annotated[str, BeforeValidator(_resolve_model)]
 #: A number of bytes, or a string such as ``4GiB``.
-Bytes = Annotated[ByteSize, BeforeValidator(_parse_bytes)]
+Bytes = Annotated[int, BeforeValidator(_parse_bytes)]
 Ints = Annotated[tuple[int, ...], BeforeValidator(_tuple)]
 Strs = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
