@@ -50,7 +50,7 @@ MAX_CHITCHAT_TURNS = 3
 NUM_TRAIN = {"chatterbot": 10_000, "chitchat": 1_800}  # the first is more than there are
 MAX_MESSAGE_CHARS = 600
 NUM_EVAL_PROMPTS = {"humaneval": 32, "chitchat-heldout": 20, "chatterbot-heldout": 12}
-NUM_EVAL_CONVERSATIONS = {"humaneval": 24, "chitchat-heldout": 56, "chatterbot-heldout": 24}
+NUM_EVAL_CONVERSATIONS = {"humaneval": 36, "chitchat-heldout": 90, "chatterbot-heldout": 34}
 
 _ASCII = str.maketrans(
     {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-"}
