@@ -1,0 +1,299 @@
+"""A real Slurm cluster in one temporary directory: munge, slurmctld, and a slurmd per node.
+
+No root, no systemd, no cgroups, free ports; idle within about a second.  The nodes are
+virtual: they share this machine, each with its own slurmd, spool directory and address.
+With ``isolated_network=True`` (root) each node also has its own network and host name, as
+on a real cluster, where ``127.0.0.1`` and a fixed port mean another thing on every node.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import TracebackType
+
+from typing_extensions import Self
+
+from tests.slurm.keeper import descendants
+from tests.slurm.network import isolated_nodes
+
+_PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
+_DAEMONS = ("munged", "slurmctld", "slurmd", "slurmstepd", "slurmscriptd")
+#: States in which a job is over.
+ENDED = frozenset(
+    {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL"}
+)
+
+
+def missing_programs() -> list[str]:
+    """Programs of Slurm and munge that this machine lacks."""
+    return [name for name in _PROGRAMS if shutil.which(name) is None]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the cluster looks like.
+
+    Attributes:
+        partitions: Partition name to number of nodes; nodes are called ``<partition><i>``.
+        cpus: Per node, whatever the machine has.
+        memory_mb: Per node, likewise.
+        gpus: Fake GPUs per node, one or more (``/dev/null`` under another name).
+        isolated_network: One network and UTS namespace per node. Needs root.
+        options: Further lines of slurm.conf; they replace ours of the same name.
+    """
+
+    partitions: Mapping[str, int] = field(default_factory=lambda: {"infer": 2, "train": 2})
+    cpus: int = 16
+    memory_mb: int = 16000
+    gpus: int = 4
+    isolated_network: bool = False
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def nodes(self) -> list[str]:
+        return [f"{name}{i}" for name, num in self.partitions.items() for i in range(num)]
+
+
+class Cluster:
+    """A running cluster, as a context manager."""
+
+    def __init__(self, layout: Layout | None = None) -> None:
+        self.layout = layout or Layout()
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        for tries_left in (2, 1, 0):
+            with ExitStack() as stack:
+                try:
+                    self._start(stack)
+                except RuntimeError:  # rarely, a free port was taken before a daemon bound it
+                    if not tries_left:
+                        raise
+                else:
+                    self._stack = stack.pop_all()
+                    break
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    @property
+    def env(self) -> dict[str, str]:
+        """Environment of a user's login shell on this cluster."""
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
+        return {**clean, "SLURM_CONF": str(self.conf)}
+
+    def run(self, *argv: str | Path, timeout_s: float = 60, cwd: Path | None = None) -> str:
+        """Runs a client program and returns what it prints; raises where it fails."""
+        done = subprocess.run(
+            argv, env=self.env, cwd=cwd, text=True, capture_output=True, timeout=timeout_s
+        )
+        if done.returncode:
+            raise RuntimeError(f"{argv} ended with {done.returncode}: {done.stderr.strip()}")
+        return done.stdout
+
+    def sbatch(self, *argv: str | Path, cwd: Path | None = None) -> str:
+        """Submits and returns the id of the job, for a het job that of its leader."""
+        return self.run("sbatch", "--parsable", *argv, cwd=cwd).strip().split(";")[0]
+
+    def job(self, job_id: str) -> dict[str, str]:
+        """What ``scontrol show job`` says; of a het job, about its leader."""
+        line = self.run("scontrol", "show", "job", "-o", job_id).splitlines()[0]
+        return dict(word.split("=", 1) for word in line.split() if "=" in word)
+
+    def state(self, job_id: str) -> str:
+        return self.job(job_id)["JobState"]
+
+    def exit_code(self, job_id: str) -> int:
+        """Exit code of the batch script."""
+        return int(self.job(job_id)["ExitCode"].split(":")[0])
+
+    def wait_state(
+        self, job_id: str, states: Collection[str] = ENDED, timeout_s: float = 30
+    ) -> dict[str, str]:
+        """Waits until the job is in one of the states, by default until it is over.
+
+        Returns:
+            What :meth:`job` says then.
+        """
+        deadline = time.monotonic() + timeout_s
+        while (info := self.job(job_id))["JobState"] not in states:
+            if time.monotonic() > deadline:
+                raise TimeoutError(
+                    f"job {job_id} is {info['JobState']} ({info['Reason']}) after {timeout_s} s, "
+                    f"not one of {sorted(states)}"
+                )
+            time.sleep(0.1)
+        return info
+
+    def wait_restart(self, job_id: str, restarts: int, timeout_s: float = 60) -> None:
+        """Waits until a requeued job runs again, without Slurm's usual delay."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            info = self.job(job_id)
+            if int(info["Restarts"]) >= restarts:
+                if info["JobState"] != "PENDING":
+                    return
+                # otherwise a requeued job waits for cred_expire, 120 s on a real cluster
+                self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"job {job_id} did not restart: {info}")
+            time.sleep(0.2)
+
+    def warn(self, job_id: str, signal: str = "USR1") -> None:
+        """Imitates the warning of ``--signal=B:``, which really comes on a 30 s tick."""
+        self.run("scancel", "--batch", f"--signal={signal}", job_id)
+
+    def cancel(self, job_id: str) -> None:
+        self.run("scancel", job_id)
+
+    def job_processes(self) -> list[str]:
+        """Command lines of everything that jobs run, or left behind, at this moment."""
+        lines = []
+        for pid in descendants(self._keeper.pid):
+            try:
+                words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            except OSError:  # ended meanwhile
+                continue
+            # daemons rename themselves: "slurmstepd: [1.batch]", ": slurmscriptd"
+            program = Path(words[0].lstrip(": ")).name
+            if program and not program.startswith(_DAEMONS):
+                lines.append(" ".join(words).strip())
+        return lines
+
+    def _start(self, stack: ExitStack) -> None:
+        # unix sockets have at most 108 characters: pytest's directories are too long
+        self.root = Path(stack.enter_context(TemporaryDirectory(prefix="slurm-", dir="/tmp")))
+        self.conf = self.root / "etc" / "slurm.conf"
+        self._namespaces: dict[str, str] = {}
+        self._head = "127.0.0.1"
+        self.addresses = {node: f"127.0.1.{i + 1}" for i, node in enumerate(self.layout.nodes)}
+        if self.layout.isolated_network:
+            network = stack.enter_context(isolated_nodes(self.layout.nodes))
+            self._head, self.addresses = network.head, network.addresses
+            self._namespaces = network.namespaces
+        self._prepare()
+        log = stack.enter_context((self.root / "log" / "keeper.out").open("w"))
+        self._keeper = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("keeper.py")), self.root / "layout.json"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=self.env,
+            start_new_session=True,  # an interrupt from the keyboard is for the tests alone
+        )
+        stack.enter_context(self._keeper)  # closes stdin, which stops the cluster, and waits
+        assert self._keeper.stdout
+        if self._keeper.stdout.readline() != "READY\n":
+            self._keeper.wait(30)
+            raise RuntimeError(f"the cluster did not start: {log_tails(self.root / 'log')}")
+
+    def _prepare(self) -> None:
+        for name in ("etc", "state", "run", "log", "dev", *(f"spool/{n}" for n in self.addresses)):
+            (self.root / name).mkdir(parents=True)
+        for i in range(self.layout.gpus):  # gres wants a device file; its content is never used
+            (self.root / "dev" / f"nvidia{i}").symlink_to("/dev/null")
+        key = self.root / "run" / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(os.urandom(128))
+        self.conf.write_text(self._slurm_conf())
+        # slurmd loads a cgroup plugin even when nothing uses one, and finding the right version
+        # by itself is fatal where /sys/fs/cgroup is not mounted
+        self.conf.with_name("cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+        self.conf.with_name("gres.conf").write_text(
+            f"AutoDetect=off\nNodeName={','.join(self.addresses)} Name=gpu "
+            f"File={self.root}/dev/nvidia[0-{self.layout.gpus - 1}]\n"
+        )
+        layout = {
+            "root": str(self.root),
+            "nodes": list(self.addresses),
+            "namespaces": self._namespaces,
+        }
+        (self.root / "layout.json").write_text(json.dumps(layout))
+
+    def _slurm_conf(self) -> str:
+        root, layout, host = self.root, self.layout, socket.gethostname()
+        user = subprocess.check_output(["id", "-un"], text=True).strip()
+        controller_port, *node_ports = _free_ports(1 + len(self.addresses))
+        options = {
+            "ClusterName": "test",
+            "SlurmctldHost": f"{host}({self._head})",
+            "SlurmctldPort": str(controller_port),
+            "SlurmUser": user,
+            "SlurmdUser": user,
+            "StateSaveLocation": f"{root}/state",
+            "SlurmdSpoolDir": f"{root}/spool/%n",
+            "SlurmctldPidFile": f"{root}/run/slurmctld.pid",
+            "SlurmdPidFile": f"{root}/run/slurmd-%n.pid",
+            "SlurmctldLogFile": f"{root}/log/slurmctld.log",
+            "SlurmdLogFile": f"{root}/log/slurmd-%n.log",
+            "AuthType": "auth/munge",
+            "CredType": "cred/munge",
+            # a requeued job waits for cred_expire; less than 5 is silently replaced by 120
+            "AuthInfo": f"socket={root}/run/munge.sock,cred_expire=5",
+            "ProctrackType": "proctrack/linuxproc",
+            "TaskPlugin": "task/none",
+            "JobAcctGatherType": "jobacct_gather/none",
+            "AccountingStorageType": "accounting_storage/none",
+            "MpiDefault": "none",
+            "SelectType": "select/cons_tres",
+            "SelectTypeParameters": "CR_Core_Memory",
+            "SchedulerType": "sched/backfill",
+            # het jobs are started by the backfill scheduler only, by default every 30 s
+            "SchedulerParameters": "bf_interval=1,bf_continue,sched_interval=5,"
+            "sched_min_interval=0,batch_sched_delay=0",
+            "SlurmdParameters": "config_overrides",  # believe CPUs and RealMemory below
+            "PropagateResourceLimits": "NONE",
+            "GresTypes": "gpu",
+            "ReturnToService": "2",
+            "KillWait": "2",  # seconds from SIGTERM to SIGKILL
+            "MinJobAge": "3600",  # tests look at jobs after their end
+            "MailProg": "/bin/true",
+            **layout.options,
+        }
+        lines = [f"{key}={value}" for key, value in options.items()]
+        for (node, address), port in zip(self.addresses.items(), node_ports, strict=True):
+            own_host = node if self._namespaces else host
+            lines.append(
+                f"NodeName={node} NodeHostname={own_host} NodeAddr={address} Port={port} "
+                f"CPUs={layout.cpus} RealMemory={layout.memory_mb} Gres=gpu:{layout.gpus}"
+            )
+        for name, num in layout.partitions.items():
+            nodes = ",".join(f"{name}{i}" for i in range(num))
+            lines.append(f"PartitionName={name} Nodes={nodes} MaxTime=INFINITE DefMemPerCPU=100")
+        lines[-len(layout.partitions)] += " Default=YES"
+        return "\n".join(lines) + "\n"
+
+
+def log_tails(folder: Path) -> str:
+    """The last lines of every log of the daemons, for the message of a failed start."""
+    return "\n".join(
+        f"== {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-8:])
+        for path in sorted(folder.iterdir())
+    )
+
+
+def _free_ports(num: int) -> list[int]:
+    """Distinct TCP ports that were free a moment ago."""
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(num)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
