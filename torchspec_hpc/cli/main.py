@@ -1,0 +1,165 @@
+"""``torchspec-hpc``: every command, thin shells around the packages below.
+
+Commands import what they need when they run, so that ``--help`` answers at once
+and the login node never loads torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from torchspec_hpc import __version__
+from torchspec_hpc.errors import EXIT_USER_ERROR, TorchspecError, UserError
+
+app = typer.Typer(
+    name="torchspec-hpc",
+    help="Train speculative-decoding draft models on Slurm.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. training.learning_rate=5e-5."),
+]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Train speculative-decoding draft models on Slurm."""
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="Go on with a run that exists.")] = False,
+) -> None:
+    """Run here, in the foreground, without Slurm."""
+    from torchspec_hpc.cli.progress import watch_metrics
+    from torchspec_hpc.config import load_config
+    from torchspec_hpc.slurm.local import run_local
+    from torchspec_hpc.slurm.submit import prepare_run
+
+    settings = load_config(config, overrides or ())
+    prepared = prepare_run(settings, resume=resume)
+    print(f"run directory: {prepared.root}", flush=True)
+    with watch_metrics(prepared):
+        code = run_local(prepared)
+    raise typer.Exit(code)
+
+
+@app.command()
+def submit(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="Go on with a run that exists.")] = False,
+) -> None:
+    """Submit one heterogeneous Slurm job: engines, trainers, and all between them."""
+    from torchspec_hpc.config import load_config
+    from torchspec_hpc.slurm.submit import submit as submit_run
+
+    submitted = submit_run(load_config(config, overrides or ()), resume=resume)
+    print(f"job {submitted.job_id}  run directory: {submitted.run.root}")
+
+
+@app.command()
+def render(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Print the batch script that submit would send, and submit nothing."""
+    from torchspec_hpc.config import RunDir, load_config
+    from torchspec_hpc.slurm.render import render_script
+
+    settings = load_config(config, overrides or ())
+    print(render_script(settings, RunDir(Path(settings.output_dir) / str(settings.run_name))))
+
+
+@app.command()
+def prepare(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="Accept a run that exists.")] = False,
+) -> None:
+    """Make the run directory of a configuration and print its path, for scripts of your own."""
+    from torchspec_hpc.config import load_config
+    from torchspec_hpc.slurm.submit import prepare_run
+
+    print(prepare_run(load_config(config, overrides or ()), resume=resume).root)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="Run or checkpoint directory.")],
+    output: Annotated[Path | None, typer.Option(help="Default: RUN/export/step_<n>.")] = None,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    untrained: Annotated[
+        bool, typer.Option(help="Export the draft as it was before the first step.")
+    ] = False,
+) -> None:
+    """Write a draft directory that vLLM and SGLang serve."""
+    from torchspec_hpc.cli.export_command import export_command
+
+    print(export_command(source, output, dtype, untrained=untrained))
+
+
+@app.command()
+def evaluate(
+    target: Annotated[str, typer.Option(help="Target model directory or hub id.")],
+    prompts: Annotated[Path, typer.Option(help="JSONL with messages or prompt in each row.")],
+    draft: Annotated[
+        list[str] | None, typer.Option(metavar="[NAME=]DIR", help="Exported draft; repeatable.")
+    ] = None,
+    baseline: Annotated[bool, typer.Option(help="Also serve the target alone.")] = True,
+    num_speculative_tokens: Annotated[int, typer.Option("-k", min=1)] = 3,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    concurrency: Annotated[int, typer.Option(min=1)] = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+) -> None:
+    """Serve drafts in vLLM and measure acceptance length and tokens/s."""
+    from torchspec_hpc.cli.evaluate_command import evaluate_command
+    from torchspec_hpc.export.evaluate import ServeSettings
+
+    settings = ServeSettings(
+        target=target,
+        num_speculative_tokens=num_speculative_tokens,
+        max_tokens=max_tokens,
+        concurrency=concurrency,
+    )
+    evaluate_command(settings, prompts, draft or [], baseline=baseline, limit=limit, output=output)
+
+
+@app.command()
+def report(run_dir: RunPath) -> None:
+    """Print a run's figures: losses, acceptance, throughput, and the served measure if taken."""
+    from torchspec_hpc.cli.report_command import report_command
+    from torchspec_hpc.config import RunDir
+
+    report_command(RunDir(run_dir))
+
+
+def main() -> None:
+    """Entry point: user errors end with one message and exit code 2, without a traceback."""
+    level = os.environ.get("TORCHSPEC_LOG_LEVEL", "INFO").upper()
+    logging.basicConfig(level=level, format="%(levelname).1s %(name)s: %(message)s")
+    try:
+        app()
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(EXIT_USER_ERROR)
+    except TorchspecError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)

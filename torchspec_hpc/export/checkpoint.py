@@ -1,0 +1,75 @@
+"""Reads a draft's weights from a sharded checkpoint, without a GPU or a process group."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from torchspec_hpc.errors import UserError
+
+_PREFIX = "model."
+
+
+@dataclass(frozen=True)
+class DraftCheckpoint:
+    """A trained draft as it lies in a checkpoint.
+
+    Attributes:
+        path: The checkpoint's directory.
+        meta: Its ``meta.json``.
+        tensors: float32 master weights by parameter name.
+        kept_ids: Target ids of the draft's rows, ascending, int64 [V_draft]; None: all of them.
+    """
+
+    path: Path
+    meta: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+    kept_ids: np.ndarray[Any, np.dtype[np.int64]] | None
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """Finds the checkpoint meant by a run, a ``checkpoints`` directory or one checkpoint.
+
+    Raises:
+        UserError: There is none.
+    """
+    for folder in (path, path / "checkpoints"):
+        if (folder / "meta.json").is_file():
+            return folder
+        if (folder / "latest").is_file():
+            return folder / (folder / "latest").read_text(encoding="utf-8").strip()
+    raise UserError(
+        f"{path} holds no checkpoint",
+        allowed="a run directory, its checkpoints directory, or one checkpoint in it",
+        hint="a run writes its first checkpoint after training.save_interval steps",
+    )
+
+
+def read_checkpoint(path: Path) -> DraftCheckpoint:
+    """Reads the draft's weights, whatever number of trainers wrote them.
+
+    Raises:
+        UserError: The directory holds no checkpoint of a draft.
+    """
+    folder = resolve_checkpoint(path)
+    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    model = {
+        key.removeprefix(_PREFIX): torch.empty(item.size, dtype=item.properties.dtype)
+        for key, item in stored.items()
+        if key.startswith(_PREFIX) and isinstance(item, TensorStorageMetadata)
+    }
+    if not model:
+        raise UserError(f"{folder} holds no model weights", allowed="a checkpoint of this project")
+    state = {"model": model}
+    dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+    kept_file = meta["draft"]["kept_ids_file"]
+    kept = np.load(folder / kept_file) if kept_file else None
+    return DraftCheckpoint(folder, meta, state["model"], kept)
