@@ -1,0 +1,164 @@
+"""What a checkpoint is on disk, and which one counts.
+
+Layout of ``<run>/checkpoints``::
+
+    step_<n>/  *.distcp .metadata   DCP: {"model", "optimizer"}, float32 masters and moments
+               rng_rank<r>.pt       random state of each rank
+               kept_ids.npy         target ids of the draft vocabulary, where it is pruned
+               meta.json            :class:`CheckpointMeta`
+    latest                          name of the newest complete folder
+
+A folder is written as ``step_<n>.tmp``, renamed when every rank is done, and
+only then named by ``latest``.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torchspec_hpc.config.rundir import RunDir, write_atomic
+from torchspec_hpc.errors import UserError
+
+KEPT_IDS = "kept_ids.npy"
+_META = "meta.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is.
+
+    Args:
+        step: Optimizer steps done.
+        cursor: Samples of the stream consumed, over all ranks and epochs.
+    """
+
+    step: int = 0
+    cursor: int = 0
+
+
+@dataclass(frozen=True)
+class CheckpointMeta:
+    """What a checkpoint belongs to, as ``meta.json`` holds it.
+
+    Args:
+        step: Optimizer steps done.
+        cursor: Samples of the stream consumed.
+        draft: ``{"algorithm", "config", "kept_ids_file"}``.
+        target: Path or hub id of the target model.
+        stream: What fixes the order of samples: dataset key, its size, seed, shuffling.
+        world_size: Trainer ranks that wrote it.
+        versions: Versions of this package and of torch.
+        format_version: Of this layout.
+    """
+
+    step: int
+    cursor: int
+    draft: dict[str, Any]
+    target: str
+    stream: dict[str, Any]
+    world_size: int
+    versions: dict[str, str] = field(default_factory=dict)
+    format_version: int = 1
+
+    @classmethod
+    def read(cls, folder: Path) -> CheckpointMeta:
+        """Reads ``meta.json`` of a checkpoint.
+
+        Raises:
+            UserError: The folder is no complete checkpoint, or of another version.
+        """
+        try:
+            content = json.loads((folder / _META).read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(
+                f"{folder} is not a complete checkpoint: {error}",
+                allowed="a folder <run>/checkpoints/step_<n> with its meta.json",
+            ) from error
+        names = {item.name for item in fields(cls)}
+        if content.get("format_version") != cls.format_version or set(content) != names:
+            raise UserError(
+                f"{folder} was written in another format ({content.get('format_version')})",
+                allowed=f"format_version {cls.format_version}",
+                hint="read it with the version of torchspec_hpc that wrote it",
+            )
+        return cls(**content)
+
+    def write(self, folder: Path) -> None:
+        """Writes ``meta.json``."""
+        write_atomic(folder / _META, asdict(self))
+
+    @property
+    def progress(self) -> Progress:
+        """How far the run was."""
+        return Progress(self.step, self.cursor)
+
+    def check_matches(self, ours: CheckpointMeta, names: tuple[str, ...], folder: Path) -> None:
+        """Refuses a checkpoint of another run.
+
+        Args:
+            ours: The run that wants to load it.
+            names: Fields that must agree.
+            folder: Where it lies, for the message.
+
+        Raises:
+            UserError: A field differs.
+        """
+        here = json.loads(json.dumps(asdict(ours)))  # as the file would hold it: no tuples
+        for name in names:
+            if getattr(self, name) != here[name]:
+                raise UserError(
+                    f"{folder} belongs to another {name}: "
+                    f"{_difference(getattr(self, name), here[name])}",
+                    hint="use the configuration it was written with, or take only its weights "
+                    "(training.continual_training: true) into a new run",
+                )
+
+
+def latest_checkpoint(run: RunDir) -> Path | None:
+    """The newest complete checkpoint of a run, or None before the first.
+
+    Raises:
+        UserError: ``latest`` names a folder that is not there.
+    """
+    pointer = run.checkpoints / "latest"
+    if not pointer.exists():
+        return None
+    folder = Path(run.checkpoints / pointer.read_text(encoding="utf-8").strip())
+    if not folder.is_dir():
+        raise UserError(
+            f"{pointer} names {folder.name}, which is not there",
+            hint="write the name of a complete step_<n> folder into it, or remove it",
+        )
+    return folder
+
+
+def publish(temporary: Path, folder: Path, keep: int) -> None:
+    """Gives a complete checkpoint its name, makes it the latest, removes old ones.
+
+    Args:
+        temporary: The folder as it was written.
+        folder: Its name from now on.
+        keep: Number of newest checkpoints that stay; the latest always does.
+    """
+    shutil.rmtree(folder, ignore_errors=True)  # an attempt that died before moving `latest`
+    temporary.rename(folder)
+    write_atomic(folder.with_name("latest"), folder.name + "\n")
+    numbers = {path: path.name.removeprefix("step_") for path in folder.parent.glob("step_*")}
+    complete = sorted((int(number), path) for path, number in numbers.items() if number.isdigit())
+    for _, path in complete[:-keep]:
+        if path != folder:
+            shutil.rmtree(path)
+
+
+def _difference(found: Any, ours: Any, name: str = "") -> str:
+    """Names what differs, not two whole dictionaries."""
+    if isinstance(found, dict) and isinstance(ours, dict):
+        keys = [key for key in {**found, **ours} if found.get(key) != ours.get(key)]
+        return ", ".join(
+            _difference(found.get(key), ours.get(key), f"{name}{key} ") for key in keys
+        )
+    return f"{name}{found!r} there, {ours!r} here"

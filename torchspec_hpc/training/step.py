@@ -1,0 +1,105 @@
+"""One optimizer step of EAGLE-3 over all micro-batches and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from torchspec_hpc.config.schema import TrainingConfig
+from torchspec_hpc.drafts.batch import PackedBatch
+from torchspec_hpc.drafts.eagle3.model import Eagle3Draft
+from torchspec_hpc.drafts.eagle3.ttt import Supervision, TTTOutput, scored_rows, supervision
+from torchspec_hpc.drafts.target_head import TargetHead, target_argmax
+from torchspec_hpc.training.parallel import World, sum_over_ranks
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did.
+
+    Args:
+        sums: ``[4, K]`` float64, of this rank: cross entropy, correct, scored and trained
+            positions by TTT step.
+        grad_norm: L2 norm of the whole gradient before clipping.
+        applied: False if the gradient was not finite and the parameters stayed.
+        flagged: Whether any rank raised its flag in this step.
+    """
+
+    sums: Tensor
+    grad_norm: float
+    applied: bool
+    flagged: bool
+
+
+class Eagle3Step:
+    """Forward, backward and update, token-weighted over the whole optimizer step.
+
+    The gradient is that of ``sum_i w_i * loss_i / (trained positions of step i)`` with
+    the positions counted over all micro-batches of all ranks, so it does not
+    depend on how samples were cut into micro-batches or spread over ranks.
+
+    Args:
+        draft: Sharded by :func:`torchspec_hpc.training.parallel.shard`.
+        head: The target's norm and head, on the device.
+        optimizer: Over the draft's parameters.
+        world: The training group.
+        config: TTT, precision and clipping.
+    """
+
+    def __init__(
+        self,
+        draft: Eagle3Draft,
+        head: TargetHead,
+        optimizer: torch.optim.Optimizer,
+        world: World,
+        config: TrainingConfig,
+    ) -> None:
+        self._draft, self._head, self._optimizer, self._world = draft, head, optimizer, world
+        self._dtype = getattr(torch, config.compute_dtype)
+        self._ttt_length, self._max_grad_norm = config.ttt_length, config.max_grad_norm
+        self._weights = torch.tensor(
+            [config.ttt_loss_decay**step for step in range(config.ttt_length)],
+            device=world.device,
+        )
+
+    def __call__(self, batches: Sequence[PackedBatch], flag: bool = False) -> StepResult:
+        """Trains on one optimizer step's micro-batches of this rank.
+
+        Args:
+            batches: As many on every rank.
+            flag: Any rank's flag becomes every rank's ``flagged``; it rides an all-reduce.
+        """
+        prepared = [self._prepare(batch) for batch in batches]
+        trained = sum(supervised.trained.sum(1) for *_, supervised in prepared)
+        assert isinstance(trained, Tensor)
+        shared = sum_over_ranks(torch.cat([trained, trained.new_tensor([flag])]))
+        num_trained, flags = shared[:-1], shared[-1]
+        sums = torch.zeros(4, self._ttt_length, dtype=torch.float64, device=self._world.device)
+        for index, (batch, argmax, supervised) in enumerate(prepared):
+            self._draft.set_requires_gradient_sync(index == len(prepared) - 1)
+            output: TTTOutput = self._draft(
+                batch, self._head, argmax, supervised, num_trained, self._weights
+            )
+            # FSDP averages gradients over ranks; the loss is a sum over them
+            (output.loss * self._world.size).backward()
+            sums += torch.stack([output.loss_sums, output.correct, output.scored, output.trained])
+        grad_norm = self._clip()
+        applied = grad_norm < float("inf")  # False for nan too
+        if applied:
+            self._optimizer.step()
+        self._optimizer.zero_grad()
+        return StepResult(sums, grad_norm, applied, bool(flags > 0))
+
+    @torch.no_grad()
+    def _prepare(self, batch: PackedBatch) -> tuple[PackedBatch, Tensor, Supervision]:
+        batch = batch.to(self._world.device, self._dtype)
+        argmax = target_argmax(self._head, batch.last, scored_rows(batch))
+        return batch, argmax, supervision(batch, argmax, self._draft.t2d, self._ttt_length)
+
+    def _clip(self) -> float:
+        norm = nn.utils.clip_grad_norm_(self._draft.parameters(), self._max_grad_norm)
+        # over the shards of all ranks
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
