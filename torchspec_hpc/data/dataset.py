@@ -89,7 +89,9 @@ def prepare_dataset(
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"there is no data file {path}", hint="check dataset.train_data_path")
+        raise DataError(
+            f"there is no data file {path}", hint="check the path in the dataset section"
+        )
     encoder = ChatEncoder(load_tokenizer(model, dataset.chat_template), dataset.last_turn_loss_only)
     key = cache_key(
         path,
@@ -102,14 +104,15 @@ def prepare_dataset(
     if not folder.is_dir():
         _prepare(path, dataset, encoder, max_seq_length, folder)
     report = DatasetReport.read(folder / "report.json")
-    _require_usable(report, dataset.max_rejected_share, folder / "report.json")
+    logger.info("%s: %s", path, report.summary())
+    _require_usable(report, dataset.max_rejected_share, path, folder / "report.json")
     return TokenDataset(folder)
 
 
 def _prepare(
     path: Path, dataset: DatasetConfig, encoder: ChatEncoder, max_seq_length: int, folder: Path
 ) -> None:
-    report = DatasetReport(str(path), loss_mask=encoder.description)
+    report = DatasetReport(loss_mask=encoder.description)
     started = reported = time.monotonic()
     with new_cache(folder) as writer:
         for line, ids, mask in _encode(path, dataset, encoder, report):
@@ -162,21 +165,19 @@ def _too_few(said: int, num_tokens: int, max_seq_length: int) -> str:
     return f"too few supervised tokens: {said}"
 
 
-def _require_usable(report: DatasetReport, max_rejected_share: float, file: Path) -> None:
-    logger.info("%s", report.summary())
-    if report.rejected:
-        logger.warning(
-            "%d of %d rows rejected, see %s\n%s",
-            len(report.rejected), report.num_rows, file, report.table(),
-        )  # fmt: skip
-    if report.num_samples and report.rejected_share <= max_rejected_share:
-        return
+def _require_usable(
+    report: DatasetReport, max_rejected_share: float, path: Path, report_file: Path
+) -> None:
     if not report.num_rows:
-        raise DataError(f"{report.path} has no rows", hint="check dataset.train_data_path")
-    allowed = f"dataset.max_rejected_share = {max_rejected_share:g}"
+        raise DataError(f"{path} has no rows", hint="check the path in the dataset section")
+    rejected = f"{len(report.rejected)} of {report.num_rows} rows of {path} cannot be used"
+    if report.num_samples and report.rejected_share <= max_rejected_share:
+        if report.rejected:
+            logger.warning("%s, see %s:\n%s", rejected, report_file, report.table())
+        return
+    share = f"dataset.max_rejected_share = {max_rejected_share:g} of the rows"
     raise DataError(
-        f"{len(report.rejected)} of {report.num_rows} rows of {report.path} cannot be used:\n"
-        f"{report.table()}",
-        allowed=allowed if report.num_samples else "at least one good row",
-        hint=f"every row and its reason is in {file}",
+        f"{rejected}:\n{report.table()}",
+        allowed=share if report.num_samples else "at least one good row",
+        hint=f"every bad row and its reason is in {report_file}",
     )

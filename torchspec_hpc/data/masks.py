@@ -19,6 +19,8 @@ import hashlib
 import json
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,7 +45,6 @@ _PROBE = [
     {"role": "user", "content": "Second question?"},
     {"role": "assistant", "content": "Second answer: done!"},
 ]
-_THOUGHTS = ("weighing the first", "weighing the second")
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,16 @@ class ChatEncoder:
         self._has_blocks = bool(_GENERATION_BLOCK.search(self._template))
         try:
             self._form = self._find_answer_form()
-            keeps_history = self._keeps_history()
+            self.last_turn_only = (
+                not self._keeps_history() if last_turn_only == "auto" else last_turn_only
+            )
+            self._check_itself(_PROBE[:2])
+            if self.last_turn_only or self._has_blocks or self._keeps_history():
+                self._check_itself(_PROBE)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"chat template, line {error.lineno}: {error.message}") from error
-        except (jinja2.TemplateError, BadRow) as error:
-            raise self._unusable(
-                f"it fails on a plain conversation of two turns: {error}"
-            ) from error
-        self.last_turn_only = not keeps_history if last_turn_only == "auto" else last_turn_only
-        self._check_itself()
+        except BadRow as error:
+            raise _unusable(f"on a plain conversation: {error}") from error
         self.description = (
             f"loss mask by {'generation blocks' if self._has_blocks else 'prompt and answer'}, "
             f"{'last turn only' if self.last_turn_only else 'all turns'}, "
@@ -120,16 +122,13 @@ class ChatEncoder:
             BadRow: The template refuses the conversation, or shows a turn otherwise than it was
                 generated.
         """
-        try:
-            if self._has_blocks:
-                return self._render_blocks(messages)
-            return self._render_answers(messages)
-        except jinja2.TemplateSyntaxError:
-            raise
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
-            if isinstance(error, BadRow):
-                raise
-            raise BadRow(f"chat template refuses it: {error}") from error
+        if self._has_blocks:
+            return self._render_blocks(messages)
+        text = self._render_text(messages)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if self.last_turn_only:
+            answers = answers[-1:]
+        return Rendered(text, [self._answer_span(messages, turn, text) for turn in answers])
 
     def tokenize(self, batch: list[Rendered]) -> list[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
         """Tokens and loss mask of each conversation, int32 and bool ``[T]``.
@@ -152,26 +151,29 @@ class ChatEncoder:
             starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
             mask = np.zeros(len(ids), dtype=np.bool_)
             for start, end in rendered.spans:
-                mask |= (starts >= start) & (ends <= end)
+                # the last condition: tokenizers may trim a header's final newline to no width
+                mask |= (starts >= start) & (ends <= end) & (ends > start)
             result.append((np.asarray(ids, dtype=np.int32), mask))
         return result
 
     def _render_text(self, messages: list[Message], *, prompt: bool = False) -> str:
-        return str(
-            self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=prompt
+        with _refusals():
+            return str(
+                self._tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=prompt
+                )
             )
-        )
 
     def _render_blocks(self, messages: list[Message]) -> Rendered:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        texts, spans = render_jinja_template(
-            conversations=[messages],
-            chat_template=self._template,
-            return_assistant_tokens_mask=True,
-            **self._tokenizer.special_tokens_map,
-        )
+        with _refusals():
+            texts, spans = render_jinja_template(
+                conversations=[messages],
+                chat_template=self._template,
+                return_assistant_tokens_mask=True,
+                **self._tokenizer.special_tokens_map,
+            )
         said = [(start, end) for start, end in spans[0] if end > start]
         num_answers = sum(message["role"] == "assistant" for message in messages)
         if len(said) != num_answers:
@@ -179,13 +181,6 @@ class ChatEncoder:
                 f"generation blocks do not match: {len(said)} for {num_answers} assistant turns"
             )
         return Rendered(texts[0], said[-1:] if self.last_turn_only else said)
-
-    def _render_answers(self, messages: list[Message]) -> Rendered:
-        text = self._render_text(messages)
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if self.last_turn_only:
-            answers = answers[-1:]
-        return Rendered(text, [self._answer_span(messages, turn, text) for turn in answers])
 
     def _answer_span(self, messages: list[Message], turn: int, text: str) -> Span:
         if turn == 0:
@@ -212,59 +207,49 @@ class ChatEncoder:
         prompt = self._render_text([question], prompt=True)
         before, found, after = text.removeprefix(prompt).partition(answer["content"])
         if not found or (not self._has_blocks and not text.startswith(prompt)):
-            raise self._unusable(
+            raise _unusable(
                 f"the generation prompt {prompt!r} and the answer {answer['content']!r} do not "
                 f"follow each other in {text!r}"
             )
         specials = [str(token) for token in self._tokenizer.added_tokens_decoder.values()]
         ends = [after.find(token) + len(token) for token in specials if token in after]
         if not ends and not self._has_blocks:
-            raise self._unusable(f"no end-of-turn token follows the answer, but {after!r}")
+            raise _unusable(f"no end-of-turn token follows the answer, but {after!r}")
         return _AnswerForm(before, after[: min(ends)] if ends else "")
 
     def _keeps_history(self) -> bool:
-        """Whether earlier answers are shown as they were given, plain and with thinking."""
-        self.last_turn_only = False
-        if not self._has_blocks:
-            try:
-                self._render_answers(_PROBE)
-            except BadRow:
+        """Whether an earlier answer is shown as it was given, without and with thinking."""
+        answer = _PROBE[1]["content"]
+        for thought in ("", "<think>\nThis comes first.\n</think>\n\n"):
+            messages = [dict(message) for message in _PROBE]
+            for message in messages[1::2]:
+                message["content"] = thought + message["content"]
+            before, found, _ = self._render_text(messages[:2]).partition(answer)
+            given = before + found + self._form.end_of_turn
+            if not found or not self._render_text(messages).startswith(given):
                 return False
-        thinking = [dict(message) for message in _PROBE]
-        for message, thought in zip(thinking[1::2], _THOUGHTS, strict=True):
-            message["content"] = f"<think>\n{thought}\n</think>\n\n{message['content']}"
-        text = self._render_text(thinking)
-        return not (_THOUGHTS[0] not in text and _THOUGHTS[1] in text)
+        return True
 
-    def _check_itself(self) -> None:
-        """Decodes what would be supervised of known conversations."""
-        for num_turns in (2,) if self.last_turn_only else (2, 4):
-            messages = _PROBE[:num_turns]
-            try:
-                rendered = self.render(messages)
-            except BadRow as error:
-                if num_turns == 4 and not self._has_blocks:
-                    continue  # history is changed: such rows are rejected one by one
-                raise self._unusable(str(error)) from error
-            [(ids, mask)] = self.tokenize([rendered])
-            edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(int)))
-            found = [self._decode(ids[a:b]) for a, b in edges.reshape(-1, 2)]
-            wanted = [message["content"] for message in messages[1::2]]
-            if not self._says(found, wanted):
-                raise self._unusable(f"of answers {wanted} it would supervise {found}")
+    def _check_itself(self, messages: list[Message]) -> None:
+        """Decodes what would be supervised of a known conversation."""
+        [(ids, mask)] = self.tokenize([self.render(messages)])
+        edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
+        found = [self._decode(ids[start:end]) for start, end in edges.reshape(-1, 2)]
+        wanted = [message["content"] for message in messages[1::2]]
+        if self.last_turn_only:
+            wanted = wanted[-1:]
+        if not self._says(found, wanted):
+            raise _unusable(f"of the answers {wanted} it would supervise {found}")
 
     def _says(self, found: list[str], wanted: list[str]) -> bool:
         if len(found) != len(wanted):
             return False
-        for text, answer in zip(found, wanted, strict=True):
-            if self._has_blocks:  # their author decides whether the end of turn is inside
-                allowed = {answer, answer + self._form.end_of_turn}
-                text = text.removeprefix(self._form.lead)
-            else:
-                allowed = {answer + self._form.end_of_turn}
-            if text.strip() not in allowed:
-                return False
-        return True
+        end_of_turn = self._form.end_of_turn
+        if self._has_blocks:  # whether the end of turn is inside, and a newline, is up to them
+            said = [text.removeprefix(self._form.lead).strip() for text in found]
+            return all(a in (b, b + end_of_turn) for a, b in zip(said, wanted, strict=True))
+        # some tokenizers decode the beginning of a text with a space before it
+        return [text.lstrip() for text in found] == [text + end_of_turn for text in wanted]
 
     def _decode(self, ids: NDArray[np.int32]) -> str:
         decoded: Any = self._tokenizer.decode(
@@ -272,11 +257,23 @@ class ChatEncoder:
         )
         return str(decoded)
 
-    def _unusable(self, found: str) -> DataError:
-        return DataError(
-            f"cannot tell which tokens the assistant said with this chat template: {found}",
-            allowed="templates that render the generation prompt, the text and an end of turn in "
-            "this order, or mark the text with {% generation %} blocks",
-            hint="set dataset.chat_template to a copy with {% generation %} ... {% endgeneration %}"
-            " around the assistant's text and end of turn",
-        )
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turns what a template does to a conversation it does not like into :class:`BadRow`."""
+    try:
+        yield
+    except jinja2.TemplateSyntaxError:
+        raise  # no conversation is at fault
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise BadRow(f"chat template refuses it: {error}") from error
+
+
+def _unusable(found: str) -> DataError:
+    return DataError(
+        f"cannot tell which tokens the assistant said with this chat template: {found}",
+        allowed="templates that render the generation prompt, the text and an end of turn in "
+        "this order, or mark the text with {% generation %} blocks",
+        hint="set dataset.chat_template to a copy with {% generation %} ... {% endgeneration %} "
+        "around the assistant's text and end of turn",
+    )

@@ -35,7 +35,6 @@ class DatasetReport:
     """Counts of one prepared data file.
 
     Attributes:
-        path: The data file.
         num_rows: Rows read; every one is a sample or a rejection.
         num_samples: Rows that became samples.
         rejected: Rows left out.
@@ -45,7 +44,6 @@ class DatasetReport:
         loss_mask: How the mask was found, in words.
     """
 
-    path: str
     num_rows: int = 0
     num_samples: int = 0
     rejected: list[Rejection] = field(default_factory=list)
@@ -74,7 +72,7 @@ class DatasetReport:
     def summary(self) -> str:
         """One line for the log."""
         return (
-            f"{self.path}: {self.num_samples} samples of {self.num_rows} rows "
+            f"{self.num_samples} samples of {self.num_rows} rows "
             f"({len(self.rejected)} rejected, {self.truncated} truncated), "
             f"{self.num_tokens} tokens, {self.num_supervised} supervised; {self.loss_mask}"
         )

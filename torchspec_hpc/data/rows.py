@@ -38,7 +38,9 @@ def read_rows(path: Path) -> Iterator[Row | Rejection]:
             rows begin.
     """
     if not path.is_file():
-        raise DataError(f"there is no data file {path}", hint="check dataset.train_data_path")
+        raise DataError(
+            f"there is no data file {path}", hint="check the path in the dataset section"
+        )
     match path.suffix:
         case ".jsonl":
             return _read_lines(path)
@@ -62,7 +64,7 @@ def _read_lines(path: Path) -> Iterator[Row | Rejection]:
                 continue
             try:
                 yield Row(line, json.loads(text))
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 yield Rejection(line, f"broken JSON: {error}")
 
 
@@ -74,30 +76,27 @@ def _starts_array(path: Path) -> bool:
 def _read_array(path: Path) -> Iterator[Row | Rejection]:
     """Reads ``[row, row, ...]`` through a window; json.load would hold the whole file."""
     decoder = json.JSONDecoder()
-    with path.open(encoding="utf-8-sig") as file:
-        buffer = file.read(_CHUNK_CHARS).lstrip()[1:]
-        number = 0
-        while True:
-            buffer = buffer.lstrip().removeprefix(",").lstrip() if number else buffer.lstrip()
-            if buffer.startswith("]"):
-                return
+    number = 0
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+        window = file.read(_CHUNK_CHARS).lstrip().removeprefix("[").lstrip()
+        while not window.startswith("]"):
             try:
-                value, end = decoder.raw_decode(buffer)
-                if end == len(buffer):  # 12 may be the beginning of 123
-                    raise json.JSONDecodeError("cut", buffer, end)
-            except json.JSONDecodeError as error:
+                value, end = decoder.raw_decode(window)
+                rest = window[end:].lstrip()
+                if not rest.startswith((",", "]")):
+                    raise json.JSONDecodeError("expected ',' or ']'", window, end)
+            except (ValueError, RecursionError) as error:
                 # an element that the window cuts looks broken until the window is larger
-                more = file.read(max(_CHUNK_CHARS, len(buffer)))
-                if more:
-                    buffer += more
+                if more := file.read(max(_CHUNK_CHARS, len(window))):
+                    window = (window + more).lstrip()
                     continue
                 raise DataError(
-                    f"{path} is broken JSON in element {number + 1} of its array: {error.msg}",
+                    f"{path} is broken JSON in element {number + 1} of its array: {error}",
                     hint="rewrite it as .jsonl, one row a line: then only the bad rows are lost",
                 ) from None
             number += 1
-            buffer = buffer[end:]
             yield Row(number, value)
+            window = rest.removeprefix(",").lstrip()
 
 
 def _read_parquet(path: Path) -> Iterator[Row | Rejection]:
