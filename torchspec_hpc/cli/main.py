@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -30,6 +30,8 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. training.learning_rate=5e-5."),
 ]
+# config.types.Dtype again: importing pydantic for it would double the time of --help
+Dtype = Literal["bfloat16", "float16", "float32"]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
 
 
@@ -104,7 +106,7 @@ def prepare(
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN", help="Run or checkpoint directory.")],
     output: Annotated[Path | None, typer.Option(help="Default: RUN/export/step_<n>.")] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[Dtype, typer.Option(help="Of the written weights.")] = "bfloat16",
     untrained: Annotated[
         bool, typer.Option(help="Export the draft as it was before the first step.")
     ] = False,

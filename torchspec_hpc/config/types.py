@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ByteSize, TypeAdapter, ValidationInfo
 
@@ -54,3 +54,5 @@ ModelRef = Annotated[str, BeforeValidator(_resolve_model)]
 Bytes = Annotated[int, BeforeValidator(_parse_bytes)]
 Ints = Annotated[tuple[int, ...], BeforeValidator(_tuple)]
 Strs = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
+#: Of weights and matrix products.
+Dtype = Literal["bfloat16", "float16", "float32"]

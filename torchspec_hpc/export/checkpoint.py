@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
+from torchspec_hpc.config.schema import ModelConfig
+from torchspec_hpc.drafts.eagle3.config import Eagle3Config
+from torchspec_hpc.drafts.eagle3.model import Eagle3Draft
 from torchspec_hpc.errors import UserError
+from torchspec_hpc.target.spec import TargetSpec
+from torchspec_hpc.target.weights import load_target_tensors
 
 _PREFIX = "model."
 
@@ -60,7 +66,7 @@ def read_checkpoint(path: Path) -> DraftCheckpoint:
     """
     folder = resolve_checkpoint(path)
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
     model = {
         key.removeprefix(_PREFIX): torch.empty(item.size, dtype=item.properties.dtype)
         for key, item in stored.items()
@@ -69,7 +75,25 @@ def read_checkpoint(path: Path) -> DraftCheckpoint:
     if not model:
         raise UserError(f"{folder} holds no model weights", allowed="a checkpoint of this project")
     state = {"model": model}
-    dcp.load(state, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+    load(state, storage_reader=FileSystemReader(folder), no_dist=True)
     kept_file = meta["draft"]["kept_ids_file"]
     kept = np.load(folder / kept_file) if kept_file else None
     return DraftCheckpoint(folder, meta, state["model"], kept)
+
+
+def untrained(checkpoint: DraftCheckpoint, model: ModelConfig, seed: int) -> DraftCheckpoint:
+    """The same draft before its first step, to measure what training was worth.
+
+    Args:
+        checkpoint: Any checkpoint of the run.
+        model: The run's target.
+        seed: The run's ``training.seed``.
+    """
+    config = Eagle3Config.from_dict(checkpoint.meta["draft"]["config"])
+    spec = TargetSpec.from_path(model.target_model_path)
+    target = load_target_tensors(model, spec, torch.float32)
+    kept = None if checkpoint.kept_ids is None else torch.from_numpy(checkpoint.kept_ids)
+    draft = Eagle3Draft(config, target.embedding, kept)
+    draft.initialize(target, seed)
+    tensors = {name: parameter.detach() for name, parameter in draft.named_parameters()}
+    return replace(checkpoint, meta=checkpoint.meta | {"step": 0}, tensors=tensors)

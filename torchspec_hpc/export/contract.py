@@ -41,9 +41,8 @@ def eagle3_contract(config: Eagle3Config) -> dict[str, TensorSpec]:
     hidden, inner = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
-    fc_in = len(config.aux_layers) * config.target_hidden_size
     shapes = {
-        "fc.weight": (hidden, fc_in),
+        "fc.weight": (hidden, len(config.aux_layers) * hidden),
         "norm.weight": (hidden,),
         "lm_head.weight": (config.draft_vocab_size, hidden),
         "midlayer.input_layernorm.weight": (hidden,),

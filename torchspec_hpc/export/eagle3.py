@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from torchspec_hpc.config.types import Dtype
 from torchspec_hpc.drafts.eagle3.config import Eagle3Config
 from torchspec_hpc.errors import UserError
 from torchspec_hpc.export.checkpoint import DraftCheckpoint
 from torchspec_hpc.export.contract import check_contract
 
 logger = logging.getLogger(__name__)
-
-Dtype = Literal["bfloat16", "float16", "float32"]
 
 
 def export_draft(checkpoint: DraftCheckpoint, output: Path, dtype: Dtype = "bfloat16") -> Path:
@@ -66,15 +64,7 @@ def export_draft(checkpoint: DraftCheckpoint, output: Path, dtype: Dtype = "bflo
 
 def draft_config(checkpoint: DraftCheckpoint) -> Eagle3Config:
     """The draft's shape as the checkpoint states it."""
-    fields = dict(checkpoint.meta["draft"]["config"])
-    fields["aux_layers"] = tuple(fields["aux_layers"])  # JSON knows no tuples
-    known = {field.name for field in dataclasses.fields(Eagle3Config)}
-    if unknown := fields.keys() - known:
-        raise UserError(
-            f"{checkpoint.path}: meta.json has unknown draft settings {sorted(unknown)}",
-            hint="it was written by another version of torchspec_hpc; export it with that one",
-        )
-    return Eagle3Config(**fields)
+    return Eagle3Config.from_dict(checkpoint.meta["draft"]["config"])
 
 
 def vocabulary_map(config: Eagle3Config, kept_ids: Any) -> dict[str, torch.Tensor]:
@@ -100,7 +90,6 @@ def config_json(config: Eagle3Config, dtype: Dtype) -> dict[str, Any]:
         "architectures": ["LlamaForCausalLMEagle3"],
         "model_type": "llama",
         "hidden_size": config.hidden_size,
-        "target_hidden_size": config.target_hidden_size,
         "intermediate_size": config.intermediate_size,
         "num_hidden_layers": 1,
         "num_attention_heads": config.num_attention_heads,

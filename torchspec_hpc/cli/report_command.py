@@ -1,0 +1,97 @@
+"""``torchspec-hpc report``: what a run has to say for itself."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from torchspec_hpc.config import RunDir, load_config
+from torchspec_hpc.errors import UserError
+
+#: Steps at the end of a run over which figures are averaged.
+WINDOW = 25
+
+
+def report_command(run: RunDir) -> None:
+    """Prints the figures of the last steps, and the served ones if they were measured."""
+    records = read_records(run.metrics)
+    window = records[-WINDOW:]
+    console = Console()
+    console.print(training_table(window, load_config(run.config).training.ttt_length))
+    console.print(speed_table(records))
+    evaluation = run.root / "evaluation.json"
+    if evaluation.is_file():
+        console.print(served_table(json.loads(evaluation.read_text(encoding="utf-8"))))
+
+
+def read_records(path: Path) -> list[dict[str, float]]:
+    """Training records of ``metrics.jsonl``.
+
+    Raises:
+        UserError: There is none yet.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    records = [record for line in lines if "train/loss" in (record := json.loads(line))]
+    if not records:
+        raise UserError(f"{path} holds no training step yet", hint="see the logs of the run")
+    return records
+
+
+def mean(records: list[dict[str, float]], key: str) -> float:
+    """Mean of a metric over the records that have it."""
+    values = [record[key] for record in records if key in record]
+    return statistics.fmean(values) if values else float("nan")
+
+
+def training_table(window: list[dict[str, float]], ttt_length: int) -> Table:
+    """Loss and acceptance by TTT step."""
+    first, last = window[0]["step"], window[-1]["step"]
+    table = Table(title=f"Training, mean of steps {first} to {last}")
+    table.add_column("TTT step")
+    table.add_column("loss", justify="right")
+    table.add_column("acceptance", justify="right")
+    for i in range(ttt_length):
+        loss = mean(window, f"train/loss_step_{i}")
+        table.add_row(str(i), f"{loss:.3f}", f"{mean(window, f'train/acc_step_{i}'):.3f}")
+    estimate = mean(window, "train/accept_len")
+    table.caption = f"acceptance length, training estimate with bonus token: {estimate:.3f}"
+    return table
+
+
+def speed_table(records: list[dict[str, float]]) -> Table:
+    """Throughput of both sides over the whole run, start-up left out."""
+    table = Table(title="Throughput, mean over the run")
+    table.add_column("")
+    table.add_column("", justify="right")
+    steady = records[min(5, len(records) - 1) :]
+    for label, key, form in (
+        ("trainer tokens/s", "throughput/train_tokens_per_s", "{:.0f}"),
+        ("engine tokens/s", "throughput/inference_tokens_per_s", "{:.0f}"),
+        ("end to end tokens/s", "throughput/tokens_per_s", "{:.0f}"),
+        ("step spent waiting for data", "throughput/wait_share", "{:.1%}"),
+        ("through Mooncake, MB/s", "transfer/bytes_per_s", "{:.2f}"),
+    ):
+        value = mean(steady, key) / (1e6 if key == "transfer/bytes_per_s" else 1)
+        table.add_row(label, form.format(value))
+    return table
+
+
+def served_table(evaluation: dict[str, Any]) -> Table:
+    """Acceptance length and speed in the served engine."""
+    settings = evaluation["settings"]
+    table = Table(
+        title=f"Served in vLLM, k = {settings['num_speculative_tokens']}, "
+        f"{settings['concurrency']} in flight"
+    )
+    for column in ("draft", "acceptance length", "by position", "tokens/s"):
+        table.add_column(column, justify="left" if column == "draft" else "right")
+    for result in evaluation["results"]:
+        positions = " ".join(f"{share:.2f}" for share in result["accept_by_position"])
+        figures = (f"{result['accept_len']:.3f}", positions, f"{result['tokens_per_s']:.1f}")
+        table.add_row(result["name"], *figures)
+    return table
