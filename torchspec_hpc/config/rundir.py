@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ class RunDir:
         self.tensorboard = self.root / "tensorboard"
         self.checkpoints = self.root / "checkpoints"
         self.export = self.root / "export"
+        self.job = self.root / "job"
         # control: small files, written whole and renamed into place
         self.control = self.root / "control"
         self.secret = self.control / "secret"
@@ -39,7 +41,16 @@ class RunDir:
 
     def attempt_dir(self, attempt: int) -> Path:
         """Rendered script and header of one attempt."""
-        return self.root / "job" / f"attempt_{attempt}"
+        return self.job / f"attempt_{attempt}"
+
+    def batch_log(self, job_id: str = "%j") -> Path:
+        """What the batch script prints, in all attempts of one job."""
+        return self.job / f"slurm-{job_id}.out"
+
+    @property
+    def run_id(self) -> str:
+        """``<run_name>-<8 hex digits>``: of this path, so the same in every attempt."""
+        return f"{self.root.name}-{zlib.crc32(str(self.root).encode()):08x}"
 
     @property
     def logs(self) -> Path:
@@ -77,7 +88,7 @@ class RunDir:
             UserError: The directory cannot be written.
         """
         try:
-            for folder in (self.root, self.control, self.errors, self.heartbeats, self.logs):
+            for folder in (self.job, self.control, self.errors, self.heartbeats, self.logs):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(

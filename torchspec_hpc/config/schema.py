@@ -146,6 +146,16 @@ class InferenceConfig(Section):
         """Nodes of the whole inference group."""
         return -(-self.inference_num_gpus // self.inference_num_gpus_per_node)
 
+    @property
+    def num_gpus_per_node(self) -> int:
+        """Device slots on each of these nodes."""
+        return min(self.inference_num_gpus, self.inference_num_gpus_per_node)
+
+    @property
+    def engines_per_node(self) -> int:
+        """Engines that start on each node; the last node may have fewer."""
+        return max(1, self.num_gpus_per_node // self.inference_num_gpus_per_engine)
+
     @model_validator(mode="after")
     def _divides(self) -> InferenceConfig:
         if self.inference_num_gpus % self.inference_num_gpus_per_engine:
