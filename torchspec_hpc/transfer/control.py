@@ -28,8 +28,7 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from torch.distributed import DistError, QueueEmptyError
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # missing in __all__
+from torch.distributed import DistError, QueueEmptyError, TCPStore  # type: ignore[attr-defined]
 
 from torchspec_hpc.config.endpoints import split_endpoint
 from torchspec_hpc.errors import TorchspecError
@@ -103,7 +102,10 @@ class ControlClient:
         Raises:
             MessageError: It is not authentic, or no request.
         """
-        return self._pop(_REQUESTS, timeout_s, Request)
+        message = self._pop(_REQUESTS, timeout_s)
+        if message is None or isinstance(message, Request):
+            return message
+        raise _misplaced(message, _REQUESTS)
 
     def queue_depth(self) -> int:
         """Requests that no engine has taken yet."""
@@ -143,7 +145,10 @@ class ControlClient:
         Raises:
             MessageError: It is not authentic, or no reply.
         """
-        return self._pop(_replies(rank), timeout_s, (Receipt, Refusal))
+        message = self._pop(_replies(rank), timeout_s)
+        if message is None or isinstance(message, Receipt | Refusal):
+            return message
+        raise _misplaced(message, _replies(rank))
 
     def heartbeat(
         self, role: str, rank: int, payload: dict[str, int | float | str | bool | None]
@@ -156,7 +161,7 @@ class ControlClient:
             store.set(key, wire)  # type: ignore[arg-type]  # the stub says str, the code bytes
             if key not in self._announced:
                 # TCPStore cannot list its keys: a registry per role says which ranks exist
-                store.append(_registry(role), f"{rank} ")
+                store.append(_registry(role), f"{rank} ")  # type: ignore[attr-defined]
                 self._announced.add(key)
             store.check([key])
 
@@ -180,7 +185,7 @@ class ControlClient:
         for wire in self._call(read):
             beat = self._codec.decode(wire)
             if not isinstance(beat, Heartbeat):
-                raise MessageError(f"a {type(beat).__name__} stands where a heartbeat should")
+                raise _misplaced(beat, _registry(role))
             beats[beat.rank] = {**beat.payload, "age_s": max(0.0, time.time() - beat.time)}
         return beats
 
@@ -197,7 +202,7 @@ class ControlClient:
             self._lost = ControlLost(f"the client of {self._endpoint} is closed")
         self._jobs.put(None)
 
-    def _pop(self, key: str, timeout_s: float, kind: Any) -> Any:
+    def _pop(self, key: str, timeout_s: float) -> Message | None:
         deadline = time.monotonic() + timeout_s
         pause_s = _FIRST_POLL_S
         while (wire := self._call(lambda store: _try_pop(store, key))) is None:
@@ -206,10 +211,7 @@ class ControlClient:
                 return None
             time.sleep(min(pause_s, left_s))
             pause_s = min(2 * pause_s, _LAST_POLL_S)
-        message: Message = self._codec.decode(wire)
-        if not isinstance(message, kind):
-            raise MessageError(f"a {type(message).__name__} is in the queue {key!r}")
-        return message
+        return self._codec.decode(wire)
 
     def _call(self, operation: Callable[[TCPStore], T]) -> T:
         """Runs an operation; on a broken connection once more on a new one."""
@@ -270,6 +272,10 @@ def _try_pop(store: TCPStore, key: str) -> bytes | None:
     with contextlib.suppress(QueueEmptyError):
         return bytes(store.queue_pop(key, block=False))
     return None
+
+
+def _misplaced(message: Message, key: str) -> MessageError:
+    return MessageError(f"a {type(message).__name__} does not belong under {key!r}")
 
 
 def _replies(rank: int) -> str:

@@ -1,0 +1,306 @@
+"""The trainer's side of the stream: ask for samples, take their hidden states.
+
+A background thread receives the replies, reads each object into reused memory,
+removes it from the store, and asks again whenever something was lost.  One rule
+heals every fault: a request without states after its deadline is sent again
+under a new key.  Whatever arrives twice is removed, and delivered once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from torchspec_hpc.config.schema import ControlConfig
+from torchspec_hpc.errors import DeadlineExceeded, TorchspecError
+from torchspec_hpc.transfer.buffers import BufferPool
+from torchspec_hpc.transfer.control import ControlClient
+from torchspec_hpc.transfer.messages import Receipt, Refusal, Request, encode_tokens
+from torchspec_hpc.transfer.store import HiddenStateStore, ObjectGone
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 0.05
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class SampleFailed(TorchspecError):
+    """The engines cannot serve a sample, and asking again would not help."""
+
+
+@dataclass
+class FeedStats:
+    """Totals since the feed was opened.
+
+    Attributes:
+        num_samples: Taken by the trainer.
+        num_bytes: Read from the store.
+        wait_s: Seconds that the trainer waited in :meth:`HiddenStateFeed.take`.
+        get_s: Seconds that the background thread spent reading objects.
+        num_retries: Requests sent again.
+        num_duplicates: Receipts for a sample that was here already.
+    """
+
+    num_samples: int = 0
+    num_bytes: int = 0
+    wait_s: float = 0.0
+    get_s: float = 0.0
+    num_retries: int = 0
+    num_duplicates: int = 0
+
+
+@dataclass
+class _Ticket:
+    """A sample that was asked for and not yet taken.
+
+    Attributes:
+        name: As the trainer calls it.
+        token_ids: int32, little endian.
+        submitted: Clock of the first request.
+        asked: Clock of the last request, or of the last look that found it queued.
+        place: Requests ever pushed when the last one was, itself included.
+        num_tries: Requests sent, and deadlines missed in the queue.
+        keys: Of every request sent; the last one is current.
+        status: For the user, should it never arrive.
+        states: [T, A + 1, H], once here.
+        error: What :meth:`HiddenStateFeed.take` raises instead.
+    """
+
+    name: str
+    token_ids: bytes
+    submitted: float
+    asked: float = 0.0
+    place: int = 0
+    num_tries: int = 0
+    keys: list[str] = field(default_factory=list)
+    status: str = "not sent yet"
+    states: torch.Tensor | None = None
+    error: Exception | None = None
+
+    @property
+    def settled(self) -> bool:
+        return self.states is not None or self.error is not None
+
+
+class HiddenStateFeed:
+    """Asks for samples and hands out their hidden states, in any order.
+
+    How many samples are open at a time is up to the caller; their hidden states
+    all fit in memory at once, or should not be asked for.
+
+    Args:
+        control: Connection to the control store.
+        store: This rank's client, with its own segment.
+        rank: Of this trainer: where replies go.
+        control_config: Deadlines and tries.
+        run_id_attempt: ``Endpoints.attempt_id``; begins every key.
+    """
+
+    def __init__(
+        self,
+        control: ControlClient,
+        store: HiddenStateStore,
+        rank: int,
+        control_config: ControlConfig,
+        run_id_attempt: str,
+    ) -> None:
+        self._control = control
+        self._store = store
+        self._rank = rank
+        self._deadline_s = control_config.request_deadline_s
+        self._max_tries = control_config.request_max_tries
+        self._key_prefix = f"{run_id_attempt}/{rank}"
+        self._serial = itertools.count()
+        self._segment = store.segment
+        self._pool = BufferPool(store)
+        self._stats = FeedStats()
+        self._tickets: dict[str, _Ticket] = {}
+        self._changed = threading.Condition()  # guards tickets, stats and crash
+        self._crash: Exception | None = None
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="feed", daemon=True)
+        self._thread.start()
+
+    def submit(self, ticket: str, token_ids: npt.NDArray[np.integer]) -> None:
+        """Asks for the hidden states of a sample.
+
+        Args:
+            ticket: Names the sample; unique among those not yet taken.
+            token_ids: [T], not empty.
+        """
+        if token_ids.ndim != 1 or token_ids.size == 0:
+            raise ValueError(f"token_ids of {ticket!r} have shape {token_ids.shape}; allowed: [T]")
+        entry = _Ticket(ticket, encode_tokens(token_ids), submitted=time.monotonic())
+        with self._changed:
+            if self._crash is not None:
+                raise self._crash
+            if ticket in self._tickets:
+                raise ValueError(f"ticket {ticket!r} is open already")
+            self._tickets[ticket] = entry
+            self._send(entry)
+
+    def take(self, ticket: str) -> torch.Tensor:
+        """Waits for the hidden states of a submitted sample.
+
+        Returns:
+            Tensor [T, A + 1, H] in the engine's type.  It is the caller's as long
+            as a reference to it, or to a view of it, exists; then its memory is
+            used again.  Do not start an asynchronous copy and drop the tensor.
+
+        Raises:
+            SampleFailed: No engine can serve it.
+            DeadlineExceeded: It did not come in ``request_max_tries`` deadlines.
+            ControlLost: The control store is gone.
+            StoreUnavailable: The Mooncake master is gone.
+        """
+        start = time.monotonic()
+        # the thread settles a ticket in max_tries deadlines; one more if it hangs itself
+        limit_s = self._deadline_s * (self._max_tries + 1)
+        with self._changed:
+            entry = self._tickets.get(ticket)
+            if entry is None:
+                raise ValueError(f"ticket {ticket!r} was never submitted, or is taken")
+            ready = self._changed.wait_for(lambda: entry.settled or self._crash, limit_s)
+            self._stats.wait_s += time.monotonic() - start
+            if entry.states is not None:
+                self._stats.num_samples += 1
+                del self._tickets[ticket]
+                return entry.states
+            error = entry.error or self._crash
+        if not ready or error is None:
+            raise self._too_late(entry)
+        raise error
+
+    def stats(self) -> FeedStats:
+        """Totals so far."""
+        with self._changed:
+            return replace(self._stats)
+
+    def close(self) -> None:
+        """Stops the background thread. Open tickets are given up."""
+        self._closing.set()
+        self._thread.join(self._deadline_s)
+
+    def _run(self) -> None:
+        try:
+            while not self._closing.is_set():
+                reply = self._control.pop_reply(self._rank, _POLL_S)
+                if reply is not None:
+                    self._receive(reply)
+                self._check_deadlines()
+        except Exception as error:  # noqa: BLE001 - raised again by every take and submit
+            log.error("the feed of trainer rank %d stopped: %s", self._rank, error)
+            with self._changed:
+                self._crash = error
+                self._changed.notify_all()
+
+    def _receive(self, reply: Receipt | Refusal) -> None:
+        with self._changed:
+            entry = self._tickets.get(reply.ticket)
+        wanted = entry is not None and not entry.settled and reply.key in entry.keys
+        if entry is None or not wanted:
+            if isinstance(reply, Receipt):
+                self._store.remove(reply.key)
+                self._stats.num_duplicates += 1
+        elif isinstance(reply, Receipt):
+            self._fetch(entry, reply)
+        elif reply.permanent:
+            self._settle(entry, error=SampleFailed(f"sample {entry.name!r}: {reply.reason}"))
+        elif reply.key == entry.keys[-1]:
+            self._retry(entry, f"refused: {reply.reason}")
+
+    def _fetch(self, entry: _Ticket, receipt: Receipt) -> None:
+        num_tokens = len(entry.token_ids) // 4
+        if receipt.shape[0] != num_tokens or receipt.dtype not in _DTYPES:
+            problem = (
+                f"engine {receipt.engine} answered sample {entry.name!r} of {num_tokens} tokens "
+                f"with {receipt.dtype} states of shape {receipt.shape}"
+            )
+            self._store.remove(receipt.key)
+            self._settle(entry, error=SampleFailed(problem))
+            return
+        start = time.monotonic()
+        states = self._pool.lend(receipt.shape, _DTYPES[receipt.dtype])
+        try:
+            self._store.get_into(receipt.key, states)
+        except ObjectGone as error:
+            if receipt.key == entry.keys[-1]:
+                self._retry(entry, f"engine {receipt.engine} served it, then it was lost: {error}")
+            return
+        self._stats.get_s += time.monotonic() - start
+        self._stats.num_bytes += states.nbytes
+        # earlier tries too: an engine may have died between its put and its receipt
+        for key in entry.keys:
+            self._store.remove(key)
+        self._settle(entry, states=states)
+
+    def _check_deadlines(self) -> None:
+        now = time.monotonic()
+        with self._changed:
+            late = [
+                entry
+                for entry in self._tickets.values()
+                if not entry.settled and now - entry.asked > self._deadline_s
+            ]
+        if not late:
+            return
+        num_taken = self._control.requests_taken()
+        for entry in late:
+            if entry.place > num_taken:
+                # asking again would only make the queue longer
+                self._retry(entry, "no engine has taken it from the queue", send=False)
+            else:
+                self._retry(entry, "an engine took it and never answered")
+
+    def _retry(self, entry: _Ticket, status: str, *, send: bool = True) -> None:
+        entry.status = status
+        if entry.num_tries >= self._max_tries:
+            self._settle(entry, error=self._too_late(entry))
+            return
+        log.warning("sample %s, try %d: %s", entry.name, entry.num_tries, status)
+        if send:
+            with self._changed:
+                self._stats.num_retries += 1
+                self._send(entry)
+        else:
+            entry.num_tries += 1
+            entry.asked = time.monotonic()
+
+    def _send(self, entry: _Ticket) -> None:
+        """Pushes a request under a new key; the lock is held."""
+        # a serial number, since a ticket's name may be used again
+        key = f"{self._key_prefix}/{entry.name}/{next(self._serial)}"
+        request = Request(
+            entry.name, len(entry.keys), self._rank, self._segment, key, entry.token_ids
+        )
+        entry.keys.append(key)
+        entry.num_tries += 1
+        entry.asked = time.monotonic()
+        entry.place = self._control.push_request(request)
+        entry.status = "in the queue"
+
+    def _settle(
+        self,
+        entry: _Ticket,
+        *,
+        states: torch.Tensor | None = None,
+        error: Exception | None = None,
+    ) -> None:
+        with self._changed:
+            entry.states, entry.error = states, error
+            self._changed.notify_all()
+
+    def _too_late(self, entry: _Ticket) -> DeadlineExceeded:
+        return DeadlineExceeded(
+            f"the hidden states of sample {entry.name!r} ({entry.num_tries} tries; "
+            f"last known: {entry.status})",
+            time.monotonic() - entry.submitted,
+            hint="see the inference logs, control.request_deadline_s and request_max_tries",
+        )

@@ -1,0 +1,224 @@
+"""Hidden states in Mooncake: put by engines, read and removed by trainers.
+
+Mooncake answers with codes and guards nothing: a call on a closed client is a
+SIGSEGV, unpinned objects vanish silently, and a full store fails at once.  This
+wrapper turns codes into named errors and makes each of those impossible.
+
+An object is the raw memory of one contiguous tensor [T, A + 1, H]; its shape
+and type travel in the receipt.  Every object can be lost with its owner.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from torchspec_hpc.config.endpoints import Endpoints
+from torchspec_hpc.config.schema import MooncakeConfig
+from torchspec_hpc.errors import ConfigError, TorchspecError
+from torchspec_hpc.transfer.mooncake_client import StoreUnavailable, open_client
+
+_OK = 0
+_NO_SPACE = -200
+_NOT_FOUND = -704
+_FIRST_PAUSE_S = 0.002
+_LAST_PAUSE_S = 0.1
+
+
+class ObjectGone(TorchspecError):
+    """The object is not in the store, or was lost with the process that held it."""
+
+
+class StoreFull(TorchspecError):
+    """There was no room for an object until the deadline."""
+
+
+class StoreError(TorchspecError):
+    """Mooncake refused a call for a reason that is none of the others."""
+
+
+#: Mooncake's return codes that mean something to us (mooncake-store/include/types.h)
+_CODES: dict[int, tuple[type[TorchspecError], str]] = {
+    _NO_SPACE: (StoreFull, "no room in any segment"),
+    -600: (StoreError, "invalid parameters: empty key, buffer too small or registered twice"),
+    _NOT_FOUND: (ObjectGone, "there is no such object"),
+    -706: (StoreError, "the object has a lease"),
+    -800: (ObjectGone, "the transfer failed: the process that holds the object is gone"),
+    -900: (StoreUnavailable, "the Mooncake master does not answer"),
+    -901: (StoreUnavailable, "the Mooncake master does not answer in time"),
+}
+
+
+class HiddenStateStore:
+    """One process' client of the store; any number of threads may use it.
+
+    Open it with :meth:`open`, close it with :meth:`close`.
+    """
+
+    def __init__(self, client: Any, config: MooncakeConfig) -> None:
+        self._client = client
+        self._config = config
+        self._closed = False
+        self._num_calls = 0
+        self._idle = threading.Condition()
+
+    @classmethod
+    def open(
+        cls,
+        mooncake: MooncakeConfig,
+        endpoints: Endpoints,
+        *,
+        segment_bytes: int,
+        deadline_s: float,
+    ) -> HiddenStateStore:
+        """Connects to the master and lends it memory.
+
+        Args:
+            mooncake: The run's settings.
+            endpoints: Where the master is.
+            segment_bytes: Memory that this process lends: trainers lend
+                ``mooncake.global_segment_size``, engines 0.
+            deadline_s: Longest wait for the master.
+
+        Raises:
+            StoreUnavailable: The master does not answer.
+        """
+        return cls(open_client(mooncake, endpoints, segment_bytes, deadline_s), mooncake)
+
+    @property
+    def segment(self) -> str:
+        """Name of this process' segment, for requests to prefer."""
+        with self._calling() as client:
+            return str(client.get_hostname())
+
+    def put(self, key: str, tensor: torch.Tensor, segment: str) -> None:
+        """Stores a tensor, pinned until it is removed; waits while the store is full.
+
+        Args:
+            key: New and unique: Mooncake keeps the old value of a key it knows.
+            tensor: [T, A + 1, H], contiguous.
+            segment: Segment to prefer; others are used when it is full or gone.
+
+        Raises:
+            ConfigError: The tensor is larger than a whole segment.
+            StoreFull: There was no room for ``mooncake.put_deadline_s`` seconds.
+            StoreUnavailable: The master does not answer.
+        """
+        pointer, num_bytes = _memory_of(tensor)
+        limit = int(self._config.global_segment_size)
+        if num_bytes > limit:
+            raise ConfigError(
+                f"the hidden states of {tensor.shape[0]} tokens take {num_bytes} bytes and "
+                f"mooncake.global_segment_size is {limit}",
+                allowed="a segment that holds at least one sample, better several",
+                hint="raise mooncake.global_segment_size or lower training.max_seq_length",
+            )
+        placement = _placement(segment)
+        deadline = time.monotonic() + self._config.put_deadline_s
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            with self._calling() as client:
+                code = client.put_from(key, pointer, num_bytes, placement)
+            if code != _NO_SPACE or time.monotonic() >= deadline:
+                break
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LAST_PAUSE_S)
+        if code != _OK:
+            raise self._error(code, f"put {key!r} of {num_bytes} bytes")
+
+    def get_into(self, key: str, buffer: torch.Tensor) -> None:
+        """Fills a contiguous tensor with an object of exactly its size.
+
+        Raises:
+            ObjectGone: The object is missing, lost, or of another size.
+            StoreUnavailable: The master does not answer.
+        """
+        pointer, num_bytes = _memory_of(buffer)
+        with self._calling() as client:
+            code = client.get_into(key, pointer, num_bytes)
+        if code < 0:
+            raise self._error(code, f"get {key!r}")
+        if code != num_bytes:
+            raise ObjectGone(f"get {key!r}: {code} bytes came, {num_bytes} were expected")
+
+    def remove(self, key: str) -> None:
+        """Removes an object at once; it is fine if there is none.
+
+        Raises:
+            StoreUnavailable: The master does not answer.
+        """
+        with self._calling() as client:
+            code = client.remove(key, True)  # forced: reading it took a lease
+        if code not in (_OK, _NOT_FOUND):
+            raise self._error(code, f"remove {key!r}")
+
+    def register(self, buffer: torch.Tensor) -> None:
+        """Makes a tensor's memory known for transfers: RDMA needs it, tcp does not."""
+        pointer, num_bytes = _memory_of(buffer)
+        with self._calling() as client:
+            code = client.register_buffer(pointer, num_bytes)
+        if code != _OK:
+            raise self._error(code, f"register a buffer of {num_bytes} bytes")
+
+    def unregister(self, buffer: torch.Tensor) -> None:
+        """Takes back :meth:`register`."""
+        pointer, _ = _memory_of(buffer)
+        with self._calling() as client:
+            code = client.unregister_buffer(pointer)
+        if code != _OK:
+            raise self._error(code, "unregister a buffer")
+
+    def close(self) -> None:
+        """Waits for the calls under way, then leaves; objects in this segment are lost."""
+        with self._idle:
+            if self._closed:
+                return
+            self._closed = True
+            self._idle.wait_for(lambda: self._num_calls == 0)
+        self._client.close()
+
+    @contextmanager
+    def _calling(self) -> Iterator[Any]:
+        """Lends the client for one call: never after close, and never during it."""
+        with self._idle:
+            if self._closed:
+                raise StoreUnavailable("this process has closed its Mooncake client")
+            self._num_calls += 1
+        try:
+            yield self._client
+        finally:
+            with self._idle:
+                self._num_calls -= 1
+                self._idle.notify_all()
+
+    def _error(self, code: int, doing: str) -> TorchspecError:
+        kind, meaning = _CODES.get(code, (StoreError, "see mooncake-store/include/types.h"))
+        if kind is StoreFull:
+            meaning += (
+                f" for {self._config.put_deadline_s:.0f} s, or no trainer has a segment; "
+                f"mooncake.global_segment_size is {int(self._config.global_segment_size)}"
+            )
+        return kind(f"{doing}: {meaning} (code {code})")
+
+
+def _placement(segment: str) -> Any:
+    from mooncake.store import ReplicateConfig
+
+    placement = ReplicateConfig()
+    placement.with_hard_pin = True  # without it a filling store evicts what nobody has read
+    placement.preferred_segment = segment
+    return placement
+
+
+def _memory_of(tensor: torch.Tensor) -> tuple[int, int]:
+    if not tensor.is_contiguous() or tensor.nbytes == 0:
+        raise ValueError(
+            f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} cannot be "
+            "transferred; allowed: contiguous and not empty"
+        )
+    return tensor.data_ptr(), tensor.nbytes
