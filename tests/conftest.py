@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+# tiny models gain nothing from a second thread, and lose much where tests share the cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

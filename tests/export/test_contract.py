@@ -127,7 +127,7 @@ def _other_mask(t: dict[str, torch.Tensor]) -> None:
     ("violate", "message"),
     [
         (_drop, "fc.weight is missing"),
-        (_extra, "embed_tokens.weight is not in the contract"),
+        (_extra, "embed_tokens.weight is not part of the contract"),
         (_shape, r"lm_head.weight has shape \(11, 16\), not \(12, 16\)"),
         (_transposed, r"fc.weight has shape \(48, 16\)"),
         (_nan, "norm.weight holds values that are not finite"),
