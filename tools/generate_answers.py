@@ -11,7 +11,8 @@ with ``conversations``. Output rows have the same id and source and OpenAI ``mes
 
 * Rows are written as they finish. Run the same command again to go on where it stopped.
 * A row cut by ``--max-tokens`` ends with the cut answer and has ``"finish_reason": "length"``.
-* An answer that runs in circles ends its row before that turn (``"finish_reason": "loop"``).
+* An answer that runs in circles is stopped, and its row ends before that turn, with
+  ``"finish_reason": "loop"``. See ``is_loop``; ``--keep-loops`` turns this off.
 * A row left without any answer goes to ``OUTPUT.skipped.jsonl`` with its reason.
 """
 
@@ -175,14 +176,27 @@ class Generator:
                 if conversation and not self._submit(conversation):
                     finished.append(conversation)
             for output in self.engine.step() if self.active else ():
-                conversation, answer = self.active.pop(output.request_id), output.outputs[0]
-                self.num_tokens += len(answer.token_ids)
-                has_next = conversation.answer(
-                    answer.text, answer.token_ids, str(answer.finish_reason), self.args.keep_loops
-                )
-                if not (has_next and self._submit(conversation)):
-                    finished.append(conversation)
+                if output.finished or self._stop_loop(output):
+                    conversation = self._receive(output)
+                    finished += [conversation] if conversation else []
             yield finished
+
+    def _stop_loop(self, output: Any) -> bool:
+        """Abort an answer that already runs in circles; checked every 32 tokens."""
+        ids = output.outputs[0].token_ids
+        if self.args.keep_loops or len(ids) % (LOOP_WINDOW_TOKENS // 2) or not is_loop(ids):
+            return False
+        self.engine.abort_request([output.request_id])
+        return True
+
+    def _receive(self, output: Any) -> Conversation | None:
+        """Take an answer and ask the next turn; return the conversation if that was the last."""
+        conversation, answer = self.active.pop(output.request_id), output.outputs[0]
+        self.num_tokens += len(answer.token_ids)
+        more = conversation.answer(
+            answer.text, answer.token_ids, str(answer.finish_reason), self.args.keep_loops
+        )
+        return None if more and self._submit(conversation) else conversation
 
     def _submit(self, conversation: Conversation) -> bool:
         """Ask the target for the next turn; False if the prompt leaves no room for an answer."""
@@ -202,7 +216,7 @@ class Generator:
             top_p=args.top_p,
             max_tokens=args.max_tokens,
             seed=args.seed,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            output_kind=RequestOutputKind.CUMULATIVE,
         )
         self.engine.add_request(request, {"prompt_token_ids": ids}, params)
         self.active[request] = conversation

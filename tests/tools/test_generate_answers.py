@@ -14,6 +14,7 @@ class FakeEngine:
     def __init__(self, answers: dict[str, tuple[str, list[int], str]]) -> None:
         self.model_config = SimpleNamespace(max_model_len=1000)
         self.answers, self.requests, self.max_active = answers, {}, 0
+        self.aborted: list[str] = []
 
     def add_request(self, request_id: str, prompt: dict[str, list[str]], _params: Any) -> None:
         self.requests[request_id] = prompt["prompt_token_ids"][-1]
@@ -24,9 +25,16 @@ class FakeEngine:
         for request_id, last in self.requests.items():
             text, ids, reason = self.answers.get(last, (f"re: {last}", [1, 2, 3], "stop"))
             answer = SimpleNamespace(text=text, token_ids=ids, finish_reason=reason)
-            finished.append(SimpleNamespace(request_id=request_id, outputs=[answer]))
+            finished.append(
+                SimpleNamespace(
+                    request_id=request_id, outputs=[answer], finished=reason != "unfinished"
+                )
+            )
         self.requests = {}
         return finished
+
+    def abort_request(self, request_ids: list[str]) -> None:
+        self.aborted += request_ids
 
 
 class FakeTokenizer:
@@ -40,7 +48,7 @@ class FakeTokenizer:
 def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeEngine]:
     fake = FakeEngine({})
     monkeypatch.setattr(tool, "build_engine", lambda _: (fake, FakeTokenizer()))
-    sampling = SimpleNamespace(RequestOutputKind=SimpleNamespace(FINAL_ONLY=1))
+    sampling = SimpleNamespace(RequestOutputKind=SimpleNamespace(CUMULATIVE=1))
     vllm = SimpleNamespace(SamplingParams=SimpleNamespace, sampling_params=sampling)
     monkeypatch.setitem(__import__("sys").modules, "vllm", vllm)
     monkeypatch.setitem(__import__("sys").modules, "vllm.sampling_params", sampling)
@@ -115,6 +123,14 @@ def test_cut_looping_and_empty_answers_are_marked_and_counted(
     }
     assert skipped["loop"]["messages"] == [{"role": "user", "content": "loop"}]
     assert "written:length       1" in capsys.readouterr().out
+
+
+def test_loop_is_stopped_while_it_runs(tmp_path: Path, engine: FakeEngine) -> None:
+    engine.answers = {"one": ("round and round", [5, 6] * 32, "unfinished")}
+    write(tmp_path / "in.jsonl", prompt("a", "one"))
+    assert run(tmp_path) == 0
+    assert engine.aborted == ["a#0"]
+    assert read(tmp_path / "out.jsonl.skipped.jsonl")["a"]["finish_reason"] == "loop"
 
 
 def test_prompt_without_room_is_skipped_with_its_reason(tmp_path: Path, engine: FakeEngine) -> None:
