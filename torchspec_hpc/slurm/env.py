@@ -18,9 +18,6 @@ INFERENCE_GROUP = 0
 #: Het group that runs the trainers.
 TRAINING_GROUP = 1
 
-#: Set by the batch script: number of the job's first attempt, above 0 where a run goes on.
-FIRST_ATTEMPT = "TORCHSPEC_FIRST_ATTEMPT"
-
 _SCONTROL_S = 60.0
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
@@ -71,9 +68,8 @@ def job_id(environ: Mapping[str, str]) -> str:
 
 
 def attempt(environ: Mapping[str, str]) -> int:
-    """Number of this attempt of the run: counts from 0, over requeues and over jobs."""
-    restarts = environ.get("SLURM_RESTART_COUNT", "0")  # not set the first time
-    return int(environ.get(FIRST_ATTEMPT, "0")) + int(restarts)
+    """How often this job was requeued; Slurm sets no variable the first time."""
+    return int(environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def expand_nodelist(nodelist: str) -> tuple[str, ...]:

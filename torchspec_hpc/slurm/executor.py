@@ -125,15 +125,15 @@ class HetSlurmExecutor(SlurmExecutor):
 
     Args:
         config: Sizes and Slurm options of both components.
-        run: The run directory, which must exist.
-        first_attempt: Number of the job's first attempt; its script goes to that folder.
+        run: The run directory.
+        attempt: Number of the job's first attempt; the script is kept in its folder.
     """
 
     job_class = HetSlurmJob
 
-    def __init__(self, config: Config, run: RunDir, first_attempt: int = 0) -> None:
-        super().__init__(folder=run.attempt_dir(first_attempt))
-        self._config, self._run, self._first_attempt = config, run, first_attempt
+    def __init__(self, config: Config, run: RunDir, attempt: int = 0) -> None:
+        super().__init__(folder=run.attempt_dir(attempt))
+        self._config, self._run = config, run
 
     def _internal_process_submissions(
         self, delayed_submissions: list[DelayedSubmission]
@@ -147,12 +147,7 @@ class HetSlurmExecutor(SlurmExecutor):
         return [self._submit_command(shlex.join(function.command))]
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:  # noqa: ARG002
-        return render_script(
-            self._config,
-            self._run,
-            command=shlex.split(command),
-            first_attempt=self._first_attempt,
-        )
+        return render_script(self._config, self._run, shlex.split(command))
 
     def _make_submission_command(self, submission_file_path: Path) -> list[str]:
         return sbatch_command(str(submission_file_path))

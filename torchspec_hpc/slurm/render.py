@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from torchspec_hpc.config.rundir import RunDir
 from torchspec_hpc.config.schema import Config, SlurmConfig, SlurmGroupConfig
 from torchspec_hpc.errors import ConfigError
-from torchspec_hpc.slurm.env import FIRST_ATTEMPT
 
 #: The supervisor stops the trainers at this signal, ``slurm.signal_before_s`` before the limit.
 WARNING_SIGNAL = "USR1"
@@ -30,20 +29,13 @@ def supervisor_command(config: Config, run: RunDir) -> list[str]:
     return [python, "-u", "-m", "torchspec_hpc.slurm.supervisor", "--run-dir", str(run.root)]
 
 
-def render_script(
-    config: Config,
-    run: RunDir,
-    *,
-    command: Sequence[str] | None = None,
-    first_attempt: int = 0,
-) -> str:
+def render_script(config: Config, run: RunDir, command: Sequence[str] | None = None) -> str:
     """Renders the batch script.
 
     Args:
         config: The whole configuration; sizes come from ``inference`` and ``training``.
         run: Where the run lives; it need not exist yet.
         command: What to run instead of the supervisor.
-        first_attempt: Number of this job's first attempt: above 0 where a run goes on.
 
     Raises:
         ConfigError: A setting cannot be written into a script, or memory is stated for one
@@ -74,9 +66,7 @@ def render_script(
         "unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU SLURM_MEM_PER_NODE",
         "",
         *_setup(slurm),
-        f"export {FIRST_ATTEMPT}={first_attempt}",
         *_network(slurm),
-        "",
         f"exec {shlex.join(command or supervisor_command(config, run))}",
     ]
     return "\n".join(lines) + "\n"
@@ -151,7 +141,7 @@ def _network(slurm: SlurmConfig) -> list[str]:
     if slurm.network_interface is None:
         return []
     interface = shlex.quote(slurm.network_interface)
-    return [f"export GLOO_SOCKET_IFNAME={interface} NCCL_SOCKET_IFNAME={interface}"]
+    return [f"export GLOO_SOCKET_IFNAME={interface} NCCL_SOCKET_IFNAME={interface}", ""]
 
 
 def _option(name: str, value: object) -> str:

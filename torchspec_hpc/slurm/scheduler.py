@@ -88,6 +88,24 @@ def job_info(job_id: str) -> JobInfo:
     return job_infos([job_id])[job_id]
 
 
+def find_jobs(comment: str) -> list[str]:
+    """Own jobs in the queue, or running, that carry this comment.
+
+    Raises:
+        UserError: There is no Slurm here.
+        SchedulerError: The controller does not answer.
+    """
+    done = run_client(["squeue", "--me", "--noheader", "-O", "HetJobID:|,JobID:|,Comment:|"])
+    if done.returncode:
+        raise SchedulerError(f"squeue failed: {done.stderr.strip()}")
+    jobs = set()
+    for line in done.stdout.splitlines():
+        leader, job_id, found = line.split("|", 2)
+        if found.removesuffix("|") == comment:
+            jobs.add(leader if leader.isdecimal() and leader != "0" else job_id)
+    return sorted(jobs)
+
+
 def sbatch_command(*arguments: str) -> list[str]:
     """``sbatch`` as if from a fresh login.
 

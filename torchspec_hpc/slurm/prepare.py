@@ -1,0 +1,186 @@
+"""The run directory before anything runs in it.
+
+``python -m torchspec_hpc.slurm.prepare CONFIG [--resume] [KEY=VALUE]...`` does it from within
+a batch script (``sbatch/train_het.sbatch``) and prints the path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torchspec_hpc.config.endpoints import create_secret
+from torchspec_hpc.config.load import load_config, save_config
+from torchspec_hpc.config.rundir import RunDir, write_atomic
+from torchspec_hpc.config.schema import Config
+from torchspec_hpc.errors import (
+    EXIT_CRASH,
+    EXIT_DONE,
+    EXIT_USER_ERROR,
+    ConfigError,
+    TorchspecError,
+    UserError,
+)
+from torchspec_hpc.observe.provenance import provenance
+from torchspec_hpc.slurm.env import INFERENCE_GROUP, TRAINING_GROUP, job_id, read_het_groups
+from torchspec_hpc.slurm.scheduler import find_jobs, job_info
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """``run.json``: what the run is and as which job it runs.
+
+    Attributes:
+        run_id: As in the job's comment and in the endpoints.
+        cluster: ``slurm`` or ``local``.
+        job_id: Of the latest Slurm job; None for a local run.
+    """
+
+    run_id: str
+    cluster: str
+    job_id: str | None = None
+
+    @classmethod
+    def read(cls, run: RunDir) -> RunRecord | None:
+        """None where the directory holds no run."""
+        try:
+            return cls(**json.loads(run.run_json.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+
+    def write(self, run: RunDir) -> None:
+        """Replaces ``run.json``, whole or not at all."""
+        write_atomic(run.run_json, asdict(self))
+
+
+def run_directory(config: Config) -> RunDir:
+    """Where the run of this configuration lives."""
+    assert config.run_name is not None  # load_config sets it
+    return RunDir(Path(config.output_dir) / config.run_name)
+
+
+def prepare_run(config: Config, *, resume: bool = False, job: str | None = None) -> RunDir:
+    """Makes the run directory: configuration, provenance, shared secret, ``run.json``.
+
+    Args:
+        config: The resolved configuration. A resumed run takes this one from now on.
+        resume: Go on with a run that exists.
+        job: The Slurm job that runs this, if any. Its own run is always accepted: the job
+            was requeued.
+
+    Raises:
+        UserError: The run exists and is not to be resumed, or the other way round, or is
+            complete; or the directory cannot be written.
+    """
+    run = run_directory(config)
+    record = RunRecord.read(run)
+    if record is not None and job is not None and record.job_id == job:
+        return run
+    check_run(run, resume=resume)
+    run.create()
+    save_config(config, run.config)
+    create_secret(run)
+    write_atomic(run.provenance, {"starts": [*_earlier_starts(run), provenance()]})
+    RunRecord(run.run_id, config.cluster, job_id=job).write(run)
+    return run
+
+
+def check_run(run: RunDir, *, resume: bool) -> None:
+    """Refuses to overwrite a run, to resume what does not exist, and to resume what is done.
+
+    Raises:
+        UserError: One of these.
+    """
+    if not resume and run.root.is_dir() and any(run.root.iterdir()):
+        raise UserError(
+            f"the run directory {run.root} exists",
+            hint="choose another run_name, or go on with it: --resume",
+        )
+    if resume and not run.run_json.exists():
+        raise UserError(
+            f"there is no run to resume in {run.root}", hint="check output_dir and run_name"
+        )
+    if resume and run.done.exists():
+        raise UserError(
+            f"the run {run.root} is complete", hint=f"to train it further, remove {run.done}"
+        )
+
+
+def check_not_queued(run: RunDir, *, own_job: str | None = None) -> None:
+    """Refuses a second job for a run whose job waits or runs.
+
+    Jobs are found by the run id in their comment too, which no lost ``run.json`` can hide.
+
+    Args:
+        run: The run.
+        own_job: A job that does not count.
+
+    Raises:
+        UserError: There is such a job.
+    """
+    jobs = set(find_jobs(comment=run.run_id))
+    record = RunRecord.read(run)
+    if record and record.job_id and not job_info(record.job_id).ended:
+        jobs.add(record.job_id)
+    if jobs := jobs - {own_job}:
+        raise UserError(
+            f"the run {run.root} waits or runs as job {', '.join(sorted(jobs))}",
+            hint=f"wait for its end, or: scancel {' '.join(sorted(jobs))}",
+        )
+
+
+def check_allocation(config: Config, environ: Mapping[str, str]) -> None:
+    """Compares the nodes of the job with those that the configuration asks for.
+
+    Raises:
+        ConfigError: They differ.
+    """
+    groups = read_het_groups(environ)
+    wanted = {
+        INFERENCE_GROUP: ("inference.inference_num_gpus", config.inference.num_nodes),
+        TRAINING_GROUP: ("training.training_num_nodes", config.training.training_num_nodes),
+    }
+    for index, (key, num_nodes) in wanted.items():
+        found = groups[index].num_nodes if index < len(groups) else 0
+        if found != num_nodes:
+            raise ConfigError(
+                f"component {index} of the job has {found} nodes, {key} asks for {num_nodes}",
+                hint="change --nodes in the script's header, or the configuration",
+            )
+
+
+def _earlier_starts(run: RunDir) -> list[object]:
+    if not run.provenance.exists():
+        return []
+    return list(json.loads(run.provenance.read_text(encoding="utf-8"))["starts"])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prepares the run of the batch script that calls this, also when it was requeued."""
+    parser = argparse.ArgumentParser(prog="python -m torchspec_hpc.slurm.prepare")
+    parser.add_argument("config", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides")
+    parser.add_argument("--resume", action="store_true", help="go on with a run that exists")
+    options = parser.parse_args(arguments)
+    try:
+        job = job_id(os.environ)
+        name = f"{os.environ.get('SLURM_JOB_NAME', 'run')}-{job}"
+        overrides = [f"run_name={name}", *options.overrides, "cluster=slurm"]
+        config = load_config(options.config, overrides)
+        check_allocation(config, os.environ)
+        check_not_queued(run_directory(config), own_job=job)
+        run = prepare_run(config, resume=options.resume, job=job)
+    except TorchspecError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_CRASH
+    sys.stdout.write(f"{run.root}\n")
+    return EXIT_DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""From a configuration to one heterogeneous job in the queue."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from submitit.core.core import Job
+from submitit.core.utils import CommandFunction, FailedJobError, FailedSubmissionError
+
+from torchspec_hpc.config.rundir import RunDir
+from torchspec_hpc.config.schema import Config
+from torchspec_hpc.errors import ConfigError
+from torchspec_hpc.slurm.attempts import History
+from torchspec_hpc.slurm.executor import HetSlurmExecutor
+from torchspec_hpc.slurm.prepare import (
+    RunRecord,
+    check_not_queued,
+    check_run,
+    prepare_run,
+    run_directory,
+)
+from torchspec_hpc.slurm.render import render_script, supervisor_command
+from torchspec_hpc.slurm.scheduler import StartEstimate, check_submission, refused
+
+__all__ = ["SubmittedRun", "prepare_run", "submit"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SubmittedRun:
+    """A run in the queue.
+
+    Attributes:
+        run: Its directory.
+        job: The submitit job.
+        estimate: When and where Slurm would start it, if it can say.
+    """
+
+    run: RunDir
+    job: Job[Any]
+    estimate: StartEstimate | None
+
+    @property
+    def job_id(self) -> str:
+        """Id of the het job's leader, which stands for the whole job."""
+        return self.job.job_id
+
+
+def submit(config: Config, *, resume: bool = False) -> SubmittedRun:
+    """Submits the run and returns at once.
+
+    Slurm is asked first whether it would take the job, so that a refused one leaves no trace.
+
+    Args:
+        config: The resolved configuration.
+        resume: Go on with a run that exists, from its latest checkpoint.
+
+    Raises:
+        ConfigError: ``cluster`` is not ``slurm``, or a setting cannot be written into a script.
+        UserError: The run exists (or, with `resume`, does not, or is still in the queue), its
+            directory cannot be written, or Slurm refuses the job.
+    """
+    if config.cluster != "slurm":
+        raise ConfigError(f"cluster is {config.cluster!r}", hint="submit needs cluster=slurm")
+    run = run_directory(config)
+    check_run(run, resume=resume)
+    check_not_queued(run)
+    estimate = check_submission(render_script(config, run))
+    prepare_run(config, resume=resume)
+    executor = HetSlurmExecutor(config, run, attempt=len(History(run).attempts))
+    try:
+        job = executor.submit(CommandFunction(supervisor_command(config, run)))
+    except (FailedJobError, FailedSubmissionError) as error:
+        raise refused(str(error)) from error
+    RunRecord(run.run_id, config.cluster, job_id=job.job_id).write(run)
+    logger.info("job %s submitted: %s", job.job_id, run.root)
+    return SubmittedRun(run=run, job=job, estimate=estimate)
