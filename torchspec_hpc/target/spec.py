@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ class TargetSpec:
         hidden_act: Activation of the MLP.
         max_position_embeddings: Longest sequence, in tokens.
         rope_parameters: In the spelling of transformers 5: ``rope_type``, ``rope_theta`` and
-            what the type needs, whichever spelling the file has.
+            what the type needs, whichever spelling the file has. Models whose layers differ
+            have one such dictionary for each type of layer.
         tie_word_embeddings: The head is the embedding.
         dtype: Of the stored weights, e.g. ``bfloat16``.
         bos_token_id: None if the model has none.
@@ -95,7 +97,7 @@ class TargetSpec:
             rms_norm_eps=float(text.require("rms_norm_eps")),
             hidden_act=text.get("hidden_act", "silu"),
             max_position_embeddings=text.integer("max_position_embeddings"),
-            rope_parameters=_rope_parameters(text),
+            rope_parameters=read_rope_parameters(text.values),
             tie_word_embeddings=bool(text.get("tie_word_embeddings", False)),
             dtype=str(text.get("dtype") or text.get("torch_dtype") or "float32"),
             bos_token_id=text.get("bos_token_id"),
@@ -142,10 +144,10 @@ class _Keys:
 
     def __init__(self, path: str, outer: dict[str, Any], inner: dict[str, Any]) -> None:
         self.path = path
-        self._values = outer | inner
+        self.values = outer | inner
 
     def get(self, key: str, default: Any = None) -> Any:
-        value = self._values.get(key)
+        value = self.values.get(key)
         return default if value is None else value
 
     def require(self, key: str) -> Any:
@@ -165,13 +167,20 @@ class _Keys:
         return value
 
 
-def _rope_parameters(text: _Keys) -> dict[str, Any]:
-    """Reads both spellings: ``rope_parameters``, or ``rope_theta`` and ``rope_scaling``."""
-    rope = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
+def read_rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns ``rope_parameters`` as transformers 5 spells them.
+
+    Args:
+        config: Content of a ``config.json``: with ``rope_parameters``, or with ``rope_theta``
+            and ``rope_scaling`` as transformers 4 spells them.
+    """
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    if any(isinstance(value, dict) for value in rope.values()):
+        return rope  # one set for each type of layer
     old_type = rope.pop("type", None)  # the oldest spelling of rope_type
     rope.setdefault("rope_type", old_type or "default")
-    rope.setdefault("rope_theta", text.get("rope_theta", DEFAULT_ROPE_THETA))
-    if (partial := text.get("partial_rotary_factor")) is not None:
+    rope.setdefault("rope_theta", config.get("rope_theta") or DEFAULT_ROPE_THETA)
+    if (partial := config.get("partial_rotary_factor")) is not None:
         rope.setdefault("partial_rotary_factor", partial)
     return rope
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchspec_hpc.errors import ConfigError
-from torchspec_hpc.target.spec import TargetSpec
+from torchspec_hpc.target.spec import TargetSpec, read_rope_parameters
 
 #: What a draft configuration file may change.
 SHAPE_KEYS = (
@@ -22,6 +22,7 @@ SHAPE_KEYS = (
 )
 #: Rotary kinds that the engines' Llama drafts and transformers' Llama agree on.
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+_ROPE_KEYS = ("rope_parameters", "rope_theta", "rope_scaling")
 #: Keys of a Hugging Face configuration that say nothing about the draft's computation.
 _WITHOUT_EFFECT = (
     "architectures",
@@ -127,12 +128,8 @@ class Eagle3Config:
 
 def _read_overrides(overrides: dict[str, Any], fixed: dict[str, Any]) -> dict[str, Any]:
     """Returns the shape keys of a draft configuration file; the other keys are checked."""
-    overrides = dict(overrides)
-    theta, scaling = overrides.pop("rope_theta", None), overrides.pop("rope_scaling", None)
-    if theta is not None and "rope_parameters" not in overrides:
-        overrides["rope_parameters"] = (
-            {"rope_type": "default"} | (scaling or {}) | {"rope_theta": theta}
-        )
+    if any(overrides.get(key) is not None for key in _ROPE_KEYS):
+        overrides = overrides | {"rope_parameters": read_rope_parameters(overrides)}
     required = fixed | {
         "hidden_act": "silu",
         "num_hidden_layers": 1,
@@ -148,7 +145,7 @@ def _read_overrides(overrides: dict[str, Any], fixed: dict[str, Any]) -> dict[st
                 allowed=f"{required[key]!r}",
                 hint="set model.draft_vocab_size" if key == "draft_vocab_size" else None,
             )
-        if key not in (*required, *SHAPE_KEYS, *_WITHOUT_EFFECT):
+        if key not in (*required, *SHAPE_KEYS, *_ROPE_KEYS, *_WITHOUT_EFFECT):
             near = difflib.get_close_matches(key, SHAPE_KEYS, n=1)
             raise ConfigError(
                 f"model.draft_model_config: unknown key {key}",
