@@ -1,0 +1,73 @@
+"""Ranks, nodes and devices."""
+
+from __future__ import annotations
+
+import pytest
+
+from torchspec_hpc.config.schema import InferenceConfig
+from torchspec_hpc.errors import ConfigError
+from torchspec_hpc.inference.placement import Placement, place, visible_devices
+
+
+def group(gpus: int, per_engine: int, per_node: int, **settings: object) -> InferenceConfig:
+    values = {
+        "inference_num_gpus": gpus,
+        "inference_num_gpus_per_engine": per_engine,
+        "inference_num_gpus_per_node": per_node,
+        "vllm": {"tp_size": per_engine},
+    }
+    return InferenceConfig.model_validate(values | settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rank", "expected"),
+    [
+        (group(1, 1, 1), 0, Placement(0, 0, (0,))),
+        (group(2, 1, 2), 1, Placement(1, 0, (1,))),
+        (group(8, 2, 4), 0, Placement(0, 0, (0, 1))),
+        (group(8, 2, 4), 1, Placement(1, 0, (2, 3))),
+        (group(8, 2, 4), 2, Placement(2, 1, (0, 1))),
+        (group(16, 8, 8), 1, Placement(1, 1, tuple(range(8)))),
+        # a node with an odd number of slots leaves the last one idle
+        (group(4, 2, 3), 1, Placement(1, 1, (0, 1))),
+    ],
+)
+def test_place(settings: InferenceConfig, rank: int, expected: Placement) -> None:
+    assert place(settings, rank, settings.num_engines) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_ranks", "message"),
+    [
+        (group(4, 1, 4), 2, "2 ranks for 4 engines"),
+        (group(8, 8, 4), 1, "is more than inference_num_gpus_per_node = 4"),
+        (group(2, 2, 2, vllm={"tp_size": 1}), 1, "tp_size = 1 and .* = 2 differ"),
+        (group(2, 2, 2, engine="hf"), 1, "tensor parallelism = 1"),
+    ],
+)
+def test_impossible_placements(settings: InferenceConfig, num_ranks: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        place(settings, 0, num_ranks)
+
+
+@pytest.mark.parametrize(
+    ("devices", "current", "expected"),
+    [
+        ((0,), None, "0"),
+        ((2, 3), None, "2,3"),
+        ((2, 3), "0,1,2,3", "2,3"),
+        ((1,), "GPU-aa,GPU-bb", "GPU-bb"),
+        ((0, 1), "4,5", "4,5"),
+        # Slurm bound the task to its own GPU already
+        ((1,), "3", "3"),
+        ((2, 3), "6,7", "6,7"),
+    ],
+)
+def test_visible_devices(devices: tuple[int, ...], current: str | None, expected: str) -> None:
+    assert visible_devices(devices, current) == expected
+
+
+@pytest.mark.parametrize("current", ["", "0,1,2"])
+def test_too_few_devices(current: str) -> None:
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES is"):
+        visible_devices((4, 5), current)

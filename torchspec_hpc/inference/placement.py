@@ -1,0 +1,85 @@
+"""Which engine a rank is, and which devices it may use.
+
+One process is one engine.  A *device slot* is one GPU where there are GPUs and one
+process otherwise, so on CPUs the settings only count engines.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torchspec_hpc.config.schema import InferenceConfig
+from torchspec_hpc.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One engine's place.
+
+    Attributes:
+        engine: Index of the engine, the rank.
+        node: Index of its node in the inference group.
+        devices: Indices of its device slots on that node.
+    """
+
+    engine: int
+    node: int
+    devices: tuple[int, ...]
+
+
+def place(inference: InferenceConfig, rank: int, num_ranks: int) -> Placement:
+    """Places one rank; ranks fill the nodes one after the other, as ``srun`` does by default.
+
+    Raises:
+        ConfigError: The number of ranks is not the number of engines, an engine
+            does not fit on a node, or its parallelism is not its number of devices.
+    """
+    per_engine = inference.inference_num_gpus_per_engine
+    per_node = inference.inference_num_gpus_per_node
+    if num_ranks != inference.num_engines:
+        raise ConfigError(
+            f"the inference group has {num_ranks} ranks for {inference.num_engines} engines "
+            f"(inference_num_gpus = {inference.inference_num_gpus}, "
+            f"inference_num_gpus_per_engine = {per_engine})",
+            hint="start one task for each engine",
+        )
+    if per_engine > per_node:
+        raise ConfigError(
+            f"inference_num_gpus_per_engine = {per_engine} is more than "
+            f"inference_num_gpus_per_node = {per_node}",
+            allowed="engines that fit on one node",
+        )
+    tp_size = inference.vllm.tp_size if inference.engine == "vllm" else 1
+    if tp_size != per_engine:
+        name = "inference.vllm.tp_size" if inference.engine == "vllm" else "tensor parallelism"
+        raise ConfigError(
+            f"{name} = {tp_size} and inference_num_gpus_per_engine = {per_engine} differ",
+            allowed="an engine that uses each of its devices",
+        )
+    node, local = divmod(rank, per_node // per_engine)
+    return Placement(rank, node, tuple(range(local * per_engine, (local + 1) * per_engine)))
+
+
+def visible_devices(devices: tuple[int, ...], current: str | None) -> str:
+    """The value of ``CUDA_VISIBLE_DEVICES`` for one engine.
+
+    Args:
+        devices: Device slots of the engine on its node.
+        current: The value that the process was started with; ``None``: not set.
+
+    Raises:
+        ConfigError: Fewer devices are visible than the engine needs.
+    """
+    if current is None:
+        return ",".join(str(device) for device in devices)
+    names = [name for name in current.split(",") if name]
+    if len(names) > devices[-1]:
+        return ",".join(names[device] for device in devices)
+    if len(names) == len(devices):  # the task was given its own devices and no others
+        return current
+    raise ConfigError(
+        f"an engine needs the devices {devices} of its node and CUDA_VISIBLE_DEVICES is "
+        f"{current!r}",
+        allowed="every GPU of the node, or exactly the engine's own",
+        hint="check inference_num_gpus_per_node and what the job was given",
+    )
