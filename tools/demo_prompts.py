@@ -178,7 +178,7 @@ def humaneval_rows(wheel: Path) -> list[Row]:
 
 
 def split(*sources: list[Row]) -> dict[str, list[Row]]:
-    """Deduplicate, interleave by hash, and share the rows out to the three files."""
+    """Deduplicate, share the rows out to the three files, and mix the sources in each."""
     rows = interleave(deduplicate(row for source in sources for row in source))
     heldout = [row for row in rows if row["source"] not in NUM_TRAIN]
     seen = {normalize(m["content"]) for row in heldout for m in row["messages"]}
@@ -191,9 +191,9 @@ def split(*sources: list[Row]) -> dict[str, list[Row]]:
     eval_prompts = take(heldout, NUM_EVAL_PROMPTS)
     rest = [row for row in heldout if row not in eval_prompts]
     return {
-        "train_prompts": take(train, NUM_TRAIN),
-        "eval_conversations": take(rest, NUM_EVAL_CONVERSATIONS),
-        "eval_prompts": eval_prompts,
+        "train_prompts": interleave(take(train, NUM_TRAIN)),
+        "eval_conversations": interleave(take(rest, NUM_EVAL_CONVERSATIONS)),
+        "eval_prompts": interleave(eval_prompts),
     }
 
 
@@ -208,8 +208,16 @@ def deduplicate(rows: Iterable[Row]) -> Iterator[Row]:
 
 
 def interleave(rows: Iterable[Row]) -> list[Row]:
-    """Order rows by a hash of their id, so that every prefix is a fair sample."""
-    return sorted(rows, key=lambda row: (_fraction(row["id"]), row["id"]))
+    """Order each source by a hash and mix the sources evenly: every prefix is a fair sample."""
+    by_source: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: (_fraction(row["id"]), row["id"])):
+        by_source.setdefault(row["source"], []).append(row)
+    placed = [
+        ((rank + 0.5) / len(group), source, row)
+        for source, group in by_source.items()
+        for rank, row in enumerate(group)
+    ]
+    return [row for _, _, row in sorted(placed, key=lambda item: item[:2])]
 
 
 def take(rows: Iterable[Row], wanted: dict[str, int]) -> list[Row]:
