@@ -54,7 +54,7 @@ def make_tiny_target(folder: Path, **overrides: object) -> Path:
     with torch.no_grad():  # larger weights than the default: a random model that has preferences
         for name, weight in model.named_parameters():
             if "norm" not in name:
-                weight.mul_(4.0)
+                weight.mul_(40.0 if name == "lm_head.weight" else 4.0)
     model.save_pretrained(folder)
     return folder
 

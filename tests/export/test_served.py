@@ -72,7 +72,8 @@ def _overfit(
     config = Eagle3Config.from_target(spec, AUX, VOCABULARY)
     draft = Eagle3Draft(config, tensors.embedding, kept)
     draft.initialize(tensors, 0)
-    head = TargetHead(tensors.norm, tensors.lm_head, spec.rms_norm_eps)
+    # colder than the target: the same choices, and no ties between them to learn
+    head = TargetHead(tensors.norm, 5 * tensors.lm_head, spec.rms_norm_eps)
     mask = torch.arange(len(tokens)) >= num_prompt
     batch = pack([(tokens, mask, states)])
     argmax = target_argmax(head, batch.last)
