@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from torchspec_hpc.config.schema import DatasetConfig, ModelConfig
 from torchspec_hpc.data.cache import cache_key, new_cache
+from torchspec_hpc.data.chat import Rendered
 from torchspec_hpc.data.conversations import Conversation, read_conversations
-from torchspec_hpc.data.masks import ChatEncoder, Rendered
+from torchspec_hpc.data.masks import ChatEncoder
 from torchspec_hpc.data.report import BadRow, DatasetReport, Rejection
 from torchspec_hpc.data.sample import Sample
 from torchspec_hpc.errors import DataError
