@@ -14,10 +14,14 @@ from torch import Tensor
 
 from torchspec_hpc.config.schema import TrainingConfig
 from torchspec_hpc.data.dataset import TokenDataset
+from torchspec_hpc.data.sample import Sample
 from torchspec_hpc.data.sampler import Sampler, positions_of
 from torchspec_hpc.drafts.batch import PackedBatch, pack
 from torchspec_hpc.training.checkpoint_files import Progress
 from torchspec_hpc.training.parallel import World
+
+#: Ticket and sample of each document of a micro-batch.
+_MicroBatch = list[tuple[str, Sample]]
 
 
 class HiddenStates(Protocol):
@@ -59,6 +63,8 @@ class MicroBatches:
         config: Batch sizes and how far ahead to ask.
         start: Where to go on.
         num_steps: The optimizer step at which the run ends.
+        window_tokens: Never ask for more tokens than this at a time, beyond one micro-batch:
+            what was asked for must fit into this rank's part of the store.
     """
 
     def __init__(
@@ -70,23 +76,23 @@ class MicroBatches:
         config: TrainingConfig,
         start: Progress,
         num_steps: int,
+        window_tokens: int,
     ) -> None:
         self._dataset, self._sampler, self._states = dataset, sampler, states
         self._per_step, self._ahead = config.draft_accumulation_steps, config.prefetch_depth
-        self._coming = _micro_batches(world, config, start, num_steps)
-        self._submitted: deque[list[int]] = deque()
+        self._window_tokens = window_tokens
+        self._submitted: deque[_MicroBatch] = deque()
+        self._stream = map(self._read, _stream_positions(world, config, start, num_steps))
+        self._next = next(self._stream, None)
 
     def next_step(self) -> StepData:
         """The micro-batches of the next optimizer step."""
         batches, wait_s = [], 0.0
         for _ in range(self._per_step):
             self._submit()
-            samples = [
-                (position, self._dataset[self._sampler.index_at(position)])
-                for position in self._submitted.popleft()
-            ]
+            samples = self._submitted.popleft()
             start = time.monotonic()
-            states = [self._states.take(_ticket(position)) for position, _ in samples]
+            states = [self._states.take(ticket) for ticket, _ in samples]
             wait_s += time.monotonic() - start
             batches.append(
                 pack(
@@ -100,14 +106,17 @@ class MicroBatches:
 
     def _submit(self) -> None:
         """Asks for the next micro-batch and those after it, also of the steps to come."""
-        while len(self._submitted) <= self._ahead:
-            positions = next(self._coming, None)
-            if positions is None:
+        while self._next is not None and len(self._submitted) <= self._ahead:
+            asked = sum(map(_num_tokens, self._submitted))
+            if self._submitted and asked + _num_tokens(self._next) > self._window_tokens:
                 return
-            for position in positions:
-                sample = self._dataset[self._sampler.index_at(position)]
-                self._states.submit(_ticket(position), sample.input_ids)
-            self._submitted.append(positions)
+            for ticket, sample in self._next:
+                self._states.submit(ticket, sample.input_ids)
+            self._submitted.append(self._next)
+            self._next = next(self._stream, None)
+
+    def _read(self, positions: list[int]) -> _MicroBatch:
+        return [(f"train-{at}", self._dataset[self._sampler.index_at(at)]) for at in positions]
 
 
 def samples_per_step(world: World, config: TrainingConfig) -> int:
@@ -132,7 +141,7 @@ def steps_of_run(config: TrainingConfig, num_samples: int, per_step: int, done: 
     return done.step + -(-samples_left // per_step)
 
 
-def _micro_batches(
+def _stream_positions(
     world: World, config: TrainingConfig, start: Progress, num_steps: int
 ) -> Iterator[list[int]]:
     """Stream positions of this rank's micro-batches, step after step."""
@@ -147,5 +156,5 @@ def _micro_batches(
         )
 
 
-def _ticket(position: int) -> str:
-    return f"train-{position}"
+def _num_tokens(micro_batch: _MicroBatch) -> int:
+    return sum(len(sample.input_ids) for _, sample in micro_batch)

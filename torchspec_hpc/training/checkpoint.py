@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torchspec_hpc.config.rundir import RunDir
 from torchspec_hpc.errors import TorchspecError
 from torchspec_hpc.training.checkpoint_files import KEPT_IDS, CheckpointMeta, Progress, publish
-from torchspec_hpc.training.parallel import World
+from torchspec_hpc.training.parallel import World, seed_rank
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class Checkpointer:
         if meta.world_size == self._world.size:
             _set_rng_state(torch.load(self._rng_file(folder), weights_only=True))
         else:  # ranks are other ranks now: new streams, reproducible all the same
-            torch.manual_seed(hash((self._seed, meta.step, self._world.rank)))
+            seed_rank(self._seed, meta.step, self._world.rank)
         logger.info("resumed from %s, written by %d ranks", folder, meta.world_size)
         return meta.progress
 

@@ -117,6 +117,11 @@ def shard(draft: nn.Module, world: World, config: TrainingConfig) -> FSDPModule:
     return draft
 
 
+def seed_rank(seed: int, step: int, rank: int) -> None:
+    """Starts this rank's own stream of random numbers, the same whenever it is started."""
+    torch.manual_seed(hash((seed, step, rank)))  # of numbers: the same in every process
+
+
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Sums a small tensor over all ranks, in place."""
     dist.all_reduce(values)

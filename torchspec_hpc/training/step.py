@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from torchspec_hpc.config.schema import TrainingConfig
 from torchspec_hpc.drafts.batch import PackedBatch
@@ -34,6 +36,11 @@ class StepResult:
     flagged: bool
 
 
+def step_weights(config: TrainingConfig) -> list[float]:
+    """Weight of the loss of each TTT step, K of them."""
+    return [config.ttt_loss_decay**step for step in range(config.ttt_length)]
+
+
 class Eagle3Step:
     """Forward, backward and update, token-weighted over the whole optimizer step.
 
@@ -57,13 +64,12 @@ class Eagle3Step:
         world: World,
         config: TrainingConfig,
     ) -> None:
-        self._draft, self._head, self._optimizer, self._world = draft, head, optimizer, world
+        assert isinstance(draft, FSDPModule)
+        self._draft, self._sharded = draft, draft
+        self._head, self._optimizer, self._world = head, optimizer, world
         self._dtype = getattr(torch, config.compute_dtype)
         self._ttt_length, self._max_grad_norm = config.ttt_length, config.max_grad_norm
-        self._weights = torch.tensor(
-            [config.ttt_loss_decay**step for step in range(config.ttt_length)],
-            device=world.device,
-        )
+        self._weights = torch.tensor(step_weights(config), device=world.device)
 
     def __call__(self, batches: Sequence[PackedBatch], flag: bool = False) -> StepResult:
         """Trains on one optimizer step's micro-batches of this rank.
@@ -79,12 +85,12 @@ class Eagle3Step:
         num_trained, flags = shared[:-1], shared[-1]
         sums = torch.zeros(4, self._ttt_length, dtype=torch.float64, device=self._world.device)
         for index, (batch, argmax, supervised) in enumerate(prepared):
-            self._draft.set_requires_gradient_sync(index == len(prepared) - 1)
+            self._sharded.set_requires_gradient_sync(index == len(prepared) - 1)
             output: TTTOutput = self._draft(
                 batch, self._head, argmax, supervised, num_trained, self._weights
             )
             # FSDP averages gradients over ranks; the loss is a sum over them
-            (output.loss * self._world.size).backward()
+            (output.loss * self._world.size).backward()  # type: ignore[no-untyped-call]
             sums += torch.stack([output.loss_sums, output.correct, output.scored, output.trained])
         grad_norm = self._clip()
         applied = grad_norm < float("inf")  # False for nan too
@@ -101,5 +107,5 @@ class Eagle3Step:
 
     def _clip(self) -> float:
         norm = nn.utils.clip_grad_norm_(self._draft.parameters(), self._max_grad_norm)
-        # over the shards of all ranks
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        assert isinstance(norm, DTensor)
+        return float(norm.full_tensor())  # over the shards of all ranks

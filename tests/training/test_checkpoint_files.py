@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from torchspec_hpc.config.rundir import RunDir
+from torchspec_hpc.errors import UserError
+from torchspec_hpc.training.checkpoint_files import CheckpointMeta, latest_checkpoint, publish
+
+META = CheckpointMeta(
+    step=3,
+    cursor=12,
+    draft={"algorithm": "eagle3", "config": {"aux_layers": (1, 2), "hidden_size": 8}},
+    target="/models/x",
+    stream={"dataset": "abc", "num_samples": 10, "seed": 0, "shuffle": True},
+    world_size=2,
+)
+
+
+def complete(run: RunDir, step: int, keep: int = 2) -> None:
+    folder = run.checkpoints / f"step_{step}"
+    temporary = folder.with_name(folder.name + ".tmp")
+    temporary.mkdir(parents=True)
+    publish(temporary, folder, keep)
+
+
+def names(run: RunDir) -> list[str]:
+    return sorted(path.name for path in run.checkpoints.iterdir())
+
+
+def test_newest_are_kept_by_number_not_by_name(tmp_path: Path):
+    run = RunDir(tmp_path)
+    assert latest_checkpoint(run) is None
+    for step in (8, 9, 10, 11):
+        complete(run, step)
+    assert names(run) == ["latest", "step_10", "step_11"]
+    assert latest_checkpoint(run) == run.checkpoints / "step_11"
+
+
+def test_the_latest_stays_even_if_others_have_higher_numbers(tmp_path: Path):
+    run = RunDir(tmp_path)
+    for step in (20, 30, 5):  # resumed by hand from an older one
+        complete(run, step)
+    assert "step_5" in names(run)
+    assert latest_checkpoint(run) == run.checkpoints / "step_5"
+
+
+def test_what_an_attempt_left_before_moving_latest_is_replaced(tmp_path: Path):
+    run = RunDir(tmp_path)
+    complete(run, 1)
+    (run.checkpoints / "step_2").mkdir()
+    (run.checkpoints / "step_2" / "old").touch()
+    complete(run, 2)
+    assert list((run.checkpoints / "step_2").iterdir()) == []
+
+
+def test_an_unfinished_checkpoint_is_never_the_latest(tmp_path: Path):
+    run = RunDir(tmp_path)
+    complete(run, 1)
+    (run.checkpoints / "step_2.tmp").mkdir()
+    assert latest_checkpoint(run) == run.checkpoints / "step_1"
+
+
+def test_a_dangling_latest_is_an_error(tmp_path: Path):
+    run = RunDir(tmp_path)
+    run.checkpoints.mkdir()
+    (run.checkpoints / "latest").write_text("step_7\n")
+    with pytest.raises(UserError, match="names step_7, which is not there"):
+        latest_checkpoint(run)
+
+
+def test_meta_survives_the_file(tmp_path: Path):
+    META.write(tmp_path)
+    found = CheckpointMeta.read(tmp_path)
+    assert found.progress.step == 3
+    assert found.progress.cursor == 12
+    found.check_matches(META, ("draft", "target", "stream"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": "/models/y"}, "belongs to another target: '/models/x' there, '/models/y' here"),
+        (
+            {"stream": META.stream | {"seed": 1}},
+            "belongs to another stream: seed 0 there, 1 here",
+        ),
+        (
+            {"draft": {"algorithm": "eagle3", "config": {"aux_layers": (1, 3), "hidden_size": 8}}},
+            r"another draft: config aux_layers \[1, 2\] there, \[1, 3\] here",
+        ),
+    ],
+)
+def test_another_run_is_refused(tmp_path: Path, change, message):
+    META.write(tmp_path)
+    ours = replace(META, **change)
+    with pytest.raises(UserError, match=message):
+        CheckpointMeta.read(tmp_path).check_matches(ours, ("draft", "target", "stream"), tmp_path)
+
+
+def test_no_checkpoint_and_another_format(tmp_path: Path):
+    with pytest.raises(UserError, match="is not a complete checkpoint"):
+        CheckpointMeta.read(tmp_path)
+    META.write(tmp_path)
+    content = json.loads((tmp_path / "meta.json").read_text())
+    (tmp_path / "meta.json").write_text(json.dumps(content | {"format_version": 99}))
+    with pytest.raises(UserError, match=r"another format \(99\)"):
+        CheckpointMeta.read(tmp_path)

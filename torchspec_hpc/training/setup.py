@@ -1,0 +1,233 @@
+"""From a run's configuration to a trainer that is ready to go on."""
+
+from __future__ import annotations
+
+import json
+import logging
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import torchspec_hpc
+from torchspec_hpc.config import Config, RunDir
+from torchspec_hpc.config.endpoints import Endpoints, read_secret
+from torchspec_hpc.data.dataset import TokenDataset, prepare_dataset
+from torchspec_hpc.data.sampler import Sampler
+from torchspec_hpc.drafts.eagle3.config import Eagle3Config
+from torchspec_hpc.drafts.eagle3.model import Eagle3Draft
+from torchspec_hpc.drafts.target_head import TargetHead
+from torchspec_hpc.errors import ConfigError
+from torchspec_hpc.target.spec import TargetSpec
+from torchspec_hpc.target.weights import load_target_tensors
+from torchspec_hpc.training.batches import MicroBatches, samples_per_step, steps_of_run
+from torchspec_hpc.training.checkpoint import Checkpointer
+from torchspec_hpc.training.checkpoint_files import (
+    KEPT_IDS,
+    CheckpointMeta,
+    Progress,
+    latest_checkpoint,
+)
+from torchspec_hpc.training.meter import EngineMonitor
+from torchspec_hpc.training.optim import build_optimizer
+from torchspec_hpc.training.parallel import World, seed_rank, shard
+from torchspec_hpc.training.step import Eagle3Step
+from torchspec_hpc.training.trainer import Trainer
+from torchspec_hpc.training.vocabulary import load_kept_ids
+from torchspec_hpc.transfer.control import ControlClient
+from torchspec_hpc.transfer.feed import HiddenStateFeed
+from torchspec_hpc.transfer.store import HiddenStateStore
+
+#: Share of a segment that requests may fill; the rest is the allocator's.
+_SEGMENT_SHARE = 0.9
+#: A heartbeat that is older than so many intervals is of an engine that is gone.
+_STALE_BEATS = 4
+
+logger = logging.getLogger(__name__)
+
+
+def build_trainer(
+    config: Config, run: RunDir, endpoints: Endpoints, world: World, stack: ExitStack
+) -> Trainer:
+    """Builds everything and loads the checkpoint to go on from; every rank calls it.
+
+    Args:
+        config: Of the run.
+        run: Its directory.
+        endpoints: Where the services of this attempt answer.
+        world: The training group.
+        stack: Closes connections in the end.
+
+    Raises:
+        UserError: Configuration, model, data or checkpoint cannot be used.
+        DeadlineExceeded: A service does not answer.
+    """
+    settings = config.training
+    spec = TargetSpec.from_path(config.model.target_model_path)
+    aux_layers = spec.aux_layers(config.inference.aux_hidden_states_layers)
+    dataset = _open_dataset(config, world)
+    window_tokens = _window_tokens(config, spec, aux_layers, dataset)
+    draft, head, meta = _build_draft(config, run, world, dataset, spec, aux_layers)
+    optimizer = build_optimizer(draft, settings)
+    checkpointer = Checkpointer(
+        run, world, draft, optimizer, meta, seed=settings.seed, keep=settings.max_checkpoints
+    )
+    seed_rank(settings.seed, 0, world.rank)
+    progress = _load(config, run, checkpointer)
+    num_steps = steps_of_run(settings, len(dataset), samples_per_step(world, settings), progress)
+    control, feed = _connect(config, run, endpoints, world, stack)
+    batches = MicroBatches(
+        dataset,
+        Sampler(len(dataset), settings.seed, config.dataset.shuffle_dataset),
+        feed,
+        world,
+        settings,
+        progress,
+        num_steps,
+        window_tokens,
+    )
+    return Trainer(
+        config,
+        run,
+        world,
+        optimizer=optimizer,
+        step=Eagle3Step(draft, head, optimizer, world, settings),
+        batches=batches,
+        feed=feed,
+        monitor=EngineMonitor(control, _STALE_BEATS * config.control.heartbeat_s),
+        checkpointer=checkpointer,
+        progress=progress,
+        num_steps=num_steps,
+        num_samples=len(dataset),
+    )
+
+
+def _open_dataset(config: Config, world: World) -> TokenDataset:
+    """Tokenizes once, on the main rank; the others open what it made."""
+    if not world.is_main:
+        dist.barrier()
+    dataset = prepare_dataset(
+        config.dataset.train_data_path,
+        config.dataset,
+        config.model,
+        config.training.max_seq_length,
+        Path(config.cache_dir or Path(config.output_dir) / "cache"),
+    )
+    if world.is_main:
+        dist.barrier()
+    return dataset
+
+
+def _window_tokens(
+    config: Config, spec: TargetSpec, aux_layers: tuple[int, ...], dataset: TokenDataset
+) -> int:
+    """Tokens whose hidden states fit into this rank's segment of the store.
+
+    Raises:
+        ConfigError: The longest micro-batch does not fit.
+    """
+    dtype = spec.dtype if config.inference.dtype == "auto" else config.inference.dtype
+    item_bytes: int = getattr(torch, dtype).itemsize
+    token_bytes = (len(aux_layers) + 1) * spec.hidden_size * item_bytes
+    segment_bytes = int(config.mooncake.global_segment_size)
+    window_tokens = int(_SEGMENT_SHARE * segment_bytes) // token_bytes
+    longest = int(dataset.lengths.max()) * config.training.micro_batch_size
+    if longest > window_tokens:
+        raise ConfigError(
+            f"mooncake.global_segment_size = {segment_bytes} bytes cannot hold a micro-batch of "
+            f"{longest} tokens with {token_bytes} bytes of hidden states each",
+            allowed=f"at least {int(longest * token_bytes / _SEGMENT_SHARE) + 1} bytes",
+            hint="raise it, or lower training.max_seq_length or training.micro_batch_size",
+        )
+    return window_tokens
+
+
+def _build_draft(
+    config: Config,
+    run: RunDir,
+    world: World,
+    dataset: TokenDataset,
+    spec: TargetSpec,
+    aux_layers: tuple[int, ...],
+) -> tuple[Eagle3Draft, TargetHead, CheckpointMeta]:
+    """The draft, equal on every number of ranks, sharded; the target's head; their identity."""
+    settings = config.training
+    kept_ids = load_kept_ids(config, run, world, dataset, spec)
+    draft_config = Eagle3Config.from_target(
+        spec,
+        aux_layers,
+        spec.vocab_size if kept_ids is None else len(kept_ids),
+        _draft_overrides(config.model.draft_model_config),
+    )
+    target = load_target_tensors(config.model, spec, getattr(torch, settings.compute_dtype))
+    draft = Eagle3Draft(draft_config, target.embedding, kept_ids)
+    draft.initialize(target, settings.seed)
+    head = TargetHead(target.norm, target.lm_head, spec.rms_norm_eps).to(world.device)
+    shard(draft.to(world.device), world, settings)
+    num_parameters = sum(parameter.numel() for parameter in draft.parameters())
+    logger.info("draft of %.1f M parameters over %d ranks", num_parameters / 1e6, world.size)
+    meta = CheckpointMeta(
+        step=0,
+        cursor=0,
+        draft={
+            "algorithm": config.model.draft_algorithm,
+            "config": draft_config.to_dict(),
+            "kept_ids_file": None if kept_ids is None else KEPT_IDS,
+        },
+        target=config.model.target_model_path,
+        stream={
+            "dataset": dataset.key,
+            "num_samples": len(dataset),
+            "seed": settings.seed,
+            "shuffle": config.dataset.shuffle_dataset,
+        },
+        world_size=world.size,
+        versions={"torchspec_hpc": torchspec_hpc.__version__, "torch": torch.__version__},
+    )
+    return draft, head, meta
+
+
+def _draft_overrides(path: str | None) -> dict[str, object] | None:
+    if path is None:
+        return None
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"model.draft_model_config: cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"model.draft_model_config: {path} holds a {type(content).__name__}")
+    return content
+
+
+def _load(config: Config, run: RunDir, checkpointer: Checkpointer) -> Progress:
+    """Goes on where the run was, else where ``load_path`` was, else from the start."""
+    settings = config.training
+    latest = latest_checkpoint(run)
+    if latest is not None:
+        return checkpointer.load(latest)
+    if settings.load_path is None:
+        return Progress()
+    if settings.continual_training:
+        checkpointer.load_weights(Path(settings.load_path))
+        return Progress()
+    return checkpointer.load(Path(settings.load_path))
+
+
+def _connect(
+    config: Config, run: RunDir, endpoints: Endpoints, world: World, stack: ExitStack
+) -> tuple[ControlClient, HiddenStateFeed]:
+    """Connections, closed in reverse order."""
+    deadline_s = config.control.service_ready_s
+    control = ControlClient(endpoints.control, read_secret(run), deadline_s)
+    stack.callback(control.close)
+    store = HiddenStateStore.open(
+        config.mooncake,
+        endpoints,
+        segment_bytes=int(config.mooncake.global_segment_size),
+        deadline_s=deadline_s,
+    )
+    stack.callback(store.close)
+    feed = HiddenStateFeed(control, store, world.rank, config.control, endpoints.attempt_id)
+    stack.callback(feed.close)
+    return control, feed

@@ -1,0 +1,180 @@
+"""The training loop: data, step, metrics, checkpoint, stop."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import ExitStack, closing
+from typing import Any
+
+import torch
+
+from torchspec_hpc.config import Config, RunDir
+from torchspec_hpc.config.rundir import write_atomic
+from torchspec_hpc.errors import EXIT_DONE, EXIT_REQUEUE, TorchspecError
+from torchspec_hpc.observe.metrics import MetricsWriter
+from torchspec_hpc.training.batches import MicroBatches, StepData, samples_per_step
+from torchspec_hpc.training.checkpoint import Checkpointer
+from torchspec_hpc.training.checkpoint_files import Progress
+from torchspec_hpc.training.meter import Costs, EngineMonitor, Meter
+from torchspec_hpc.training.optim import Schedule, set_hyperparameters
+from torchspec_hpc.training.parallel import World
+from torchspec_hpc.training.step import Eagle3Step, StepResult, step_weights
+from torchspec_hpc.transfer.feed import FeedStats, HiddenStateFeed
+
+#: So many steps in a row without a finite gradient end the run.
+MAX_SKIPPED_IN_A_ROW = 10
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Trains from one checkpoint to the end of the run, or until it is asked to stop.
+
+    Args:
+        config: Of the run.
+        run: Its directory.
+        world: The training group.
+        optimizer: Its learning rate is set step by step.
+        step: One optimizer step.
+        batches: This rank's micro-batches, from `progress` on.
+        feed: Where they come from, for its statistics.
+        monitor: Of the engines; read by the main rank.
+        checkpointer: Of the run.
+        progress: Where to go on.
+        num_steps: The optimizer step at which the run ends.
+        num_samples: Of the dataset.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        run: RunDir,
+        world: World,
+        *,
+        optimizer: torch.optim.AdamW,
+        step: Eagle3Step,
+        batches: MicroBatches,
+        feed: HiddenStateFeed,
+        monitor: EngineMonitor,
+        checkpointer: Checkpointer,
+        progress: Progress,
+        num_steps: int,
+        num_samples: int,
+    ) -> None:
+        self._config, self._run, self._world = config, run, world
+        self._optimizer, self._step, self._batches = optimizer, step, batches
+        self._feed, self._monitor, self._checkpointer = feed, monitor, checkpointer
+        self._progress, self._num_steps, self._num_samples = progress, num_steps, num_samples
+        self._samples_per_step = samples_per_step(world, config.training)
+        self._schedule = Schedule.from_config(config.training, num_steps)
+        self._meter = Meter(world, step_weights(config.training))
+        self._metrics: MetricsWriter | None = None
+        self._skipped = self._skipped_in_a_row = 0
+
+    def run(self) -> int:
+        """Trains.
+
+        Returns:
+            The exit code: done, or checkpointed and to be requeued.
+
+        Raises:
+            TorchspecError: The gradient was not finite for too many steps in a row.
+        """
+        with ExitStack() as stack:
+            if self._world.is_main:
+                report = self._config.logging
+                first_step = self._progress.step + 1
+                self._metrics = stack.enter_context(
+                    closing(
+                        MetricsWriter(self._run, report.report_to, first_step, report.log_interval)
+                    )
+                )
+            while self._progress.step < self._num_steps:
+                before = self._progress
+                stop = self._train_one_step()
+                finished = self._progress.step == self._num_steps
+                if stop or finished or self._checkpoint_is_due(before):
+                    self._checkpointer.save(self._progress)
+                if stop and not finished:
+                    logger.info("stopped at step %d, as asked", self._progress.step)
+                    return EXIT_REQUEUE
+        if self._world.is_main:
+            write_atomic(self._run.done, {"step": self._num_steps, "time": time.time()})
+        logger.info("done after %d steps", self._num_steps)
+        return EXIT_DONE
+
+    def _train_one_step(self) -> bool:
+        """Trains one optimizer step; returns whether the run was asked to stop."""
+        start, before = time.monotonic(), self._feed.stats()
+        data = self._batches.next_step()
+        learning_rate = self._schedule(self._progress.step)
+        set_hyperparameters(self._optimizer, self._config.training, learning_rate)
+        stop_asked = self._world.is_main and self._run.stop.exists()
+        result = self._step(data.batches, flag=stop_asked)
+        self._progress = Progress(
+            self._progress.step + 1, self._progress.cursor + self._samples_per_step
+        )
+        self._count_skipped(result)
+        costs = _costs(data, before, self._feed.stats(), time.monotonic() - start)
+        values = self._meter.measure(result, costs)
+        if self._metrics is not None:
+            self._report(values | {"train/lr": learning_rate})
+        return result.flagged
+
+    def _count_skipped(self, result: StepResult) -> None:
+        if result.applied:
+            self._skipped_in_a_row = 0
+            return
+        self._skipped += 1
+        self._skipped_in_a_row += 1
+        step = self._progress.step
+        logger.warning("step %d skipped: its gradient norm is %s", step, result.grad_norm)
+        if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            raise TorchspecError(
+                f"the gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, "
+                f"up to step {step}\n"
+                "  next:    lower training.learning_rate, or use training.compute_dtype: float32"
+            )
+
+    def _checkpoint_is_due(self, before: Progress) -> bool:
+        settings = self._config.training
+        by_step = settings.save_interval and self._progress.step % settings.save_interval == 0
+        epoch_ended = (
+            before.cursor // self._num_samples != self._progress.cursor // self._num_samples
+        )
+        return bool(by_step or (settings.save_per_epoch and epoch_ended))
+
+    def _report(self, values: dict[str, Any]) -> None:
+        """Writes the step's numbers, and now and then a line for people."""
+        assert self._metrics is not None
+        step = self._progress.step
+        values["train/skipped_steps"] = self._skipped
+        values["train/epoch"] = self._progress.cursor / self._num_samples
+        is_told = step % self._config.logging.log_interval == 0
+        if is_told:
+            values |= self._monitor.read()
+        self._metrics.write(step, values)
+        if is_told:
+            logger.info(
+                "step %d/%d  loss %.4f  accept_len %.3f  lr %.2e  grad_norm %.3f  "
+                "%.0f tokens/s  waiting %.0f %%",
+                step,
+                self._num_steps,
+                values["train/loss"],
+                values["train/accept_len"],
+                values["train/lr"],
+                values["train/grad_norm"],
+                values["throughput/tokens_per_s"],
+                100 * values["throughput/wait_share"],
+            )
+
+
+def _costs(data: StepData, before: FeedStats, after: FeedStats, step_s: float) -> Costs:
+    return Costs(
+        num_tokens=data.num_tokens,
+        num_bytes=after.num_bytes - before.num_bytes,
+        num_retries=after.num_retries - before.num_retries,
+        wait_s=data.wait_s,
+        step_s=step_s,
+    )

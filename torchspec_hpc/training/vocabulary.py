@@ -1,0 +1,54 @@
+"""The draft vocabulary of a run: chosen once, kept in the run directory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from torchspec_hpc.config import Config, RunDir
+from torchspec_hpc.data.dataset import TokenDataset
+from torchspec_hpc.data.vocab import draft_vocabulary
+from torchspec_hpc.target.spec import TargetSpec
+from torchspec_hpc.training.checkpoint_files import KEPT_IDS
+from torchspec_hpc.training.parallel import World
+
+
+def load_kept_ids(
+    config: Config, run: RunDir, world: World, dataset: TokenDataset, spec: TargetSpec
+) -> Tensor | None:
+    """The target ids that the draft's head can say; every rank calls it.
+
+    The first attempt takes them from ``training.load_path``, whose head has just
+    these rows, or else counts the data; later attempts find them in the run directory.
+
+    Returns:
+        Ascending ids, int64 ``[draft_vocab_size]``; None if the draft has the target's vocabulary.
+
+    Raises:
+        ConfigError: The sizes of the vocabularies do not fit.
+    """
+    size = config.model.draft_vocab_size
+    if size is None or size == spec.vocab_size:
+        return None
+    path: Path = run.root / KEPT_IDS
+    if world.is_main and not path.exists():
+        before = config.training.load_path and Path(config.training.load_path) / KEPT_IDS
+        if before and before.is_file():
+            kept = np.load(before)
+        else:
+            specials = {spec.bos_token_id, *spec.eos_token_ids} - {None}
+            kept = draft_vocabulary(dataset, spec.vocab_size, size, specials)  # type: ignore[arg-type]
+        _save(path, kept)
+    dist.barrier()
+    return torch.from_numpy(np.load(path))
+
+
+def _save(path: Path, kept: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.npy")
+    np.save(temporary, kept)
+    temporary.replace(path)
