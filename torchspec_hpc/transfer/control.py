@@ -22,7 +22,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import timedelta
@@ -40,6 +40,7 @@ from torchspec_hpc.transfer.messages import (
     Receipt,
     Refusal,
     Request,
+    Scalar,
 )
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,11 @@ class ControlClient:
         self._lost: ControlLost | None = None
         self._announced: set[str] = set()  # heartbeat registries this connection is in
         threading.Thread(target=self._run, name="control", daemon=True).start()
-        self._store: TCPStore = self._bounded(self._connect)
+        try:
+            self._store: TCPStore = self._bounded(self._connect)
+        except ControlLost:
+            self.close()
+            raise
 
     def push_request(self, request: Request) -> int:
         """Queues a request.
@@ -150,11 +155,9 @@ class ControlClient:
             return message
         raise _misplaced(message, _replies(rank))
 
-    def heartbeat(
-        self, role: str, rank: int, payload: dict[str, int | float | str | bool | None]
-    ) -> None:
+    def heartbeat(self, role: str, rank: int, payload: Mapping[str, Scalar]) -> None:
         """Says that a process is alive, and how it fares."""
-        wire = self._codec.encode(Heartbeat(role, rank, time.time(), payload))
+        wire = self._codec.encode(Heartbeat(role, rank, time.time(), dict(payload)))
         key = _heartbeat(role, rank)
 
         def beat(store: TCPStore) -> None:
@@ -239,6 +242,7 @@ class ControlClient:
         except DistError as error:
             reason = str(error)
         self._lost = ControlLost(f"the control store at {self._endpoint} is lost: {reason}")
+        self.close()
         raise self._lost
 
     def _run(self) -> None:

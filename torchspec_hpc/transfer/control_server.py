@@ -10,8 +10,6 @@ import signal
 import socket
 import sys
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]  # missing in __all__
-
 
 def serve(host: str, port: int) -> None:
     """Serves on one address only, until SIGTERM or SIGINT.
@@ -26,6 +24,9 @@ def serve(host: str, port: int) -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, port), family=family, backlog=4096)
     bound_port = int(listener.getsockname()[1])
+    # seconds of import: only once the port is ours
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # not in __all__
+
     store = TCPStore(
         host,
         bound_port,

@@ -28,6 +28,7 @@ from torchspec_hpc.transfer.store import HiddenStateStore, ObjectGone
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.05
+_CLOSE_S = 60.0  # the longest call under way: Mooncake gives up after 30 s
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -122,7 +123,7 @@ class HiddenStateFeed:
         self._pool = BufferPool(store)
         self._stats = FeedStats()
         self._tickets: dict[str, _Ticket] = {}
-        self._changed = threading.Condition()  # guards tickets, stats and crash
+        self._changed = threading.Condition()  # guards all that both threads write
         self._crash: Exception | None = None
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="feed", daemon=True)
@@ -167,16 +168,13 @@ class HiddenStateFeed:
             entry = self._tickets.get(ticket)
             if entry is None:
                 raise ValueError(f"ticket {ticket!r} was never submitted, or is taken")
-            ready = self._changed.wait_for(lambda: entry.settled or self._crash, limit_s)
+            self._changed.wait_for(lambda: entry.settled or self._crash, limit_s)
             self._stats.wait_s += time.monotonic() - start
-            if entry.states is not None:
-                self._stats.num_samples += 1
-                del self._tickets[ticket]
-                return entry.states
-            error = entry.error or self._crash
-        if not ready or error is None:
-            raise self._too_late(entry)
-        raise error
+            if entry.states is None:
+                raise entry.error or self._crash or self._too_late(entry)
+            self._stats.num_samples += 1
+            del self._tickets[ticket]
+            return entry.states
 
     def stats(self) -> FeedStats:
         """Totals so far."""
@@ -186,7 +184,9 @@ class HiddenStateFeed:
     def close(self) -> None:
         """Stops the background thread. Open tickets are given up."""
         self._closing.set()
-        self._thread.join(self._deadline_s)
+        self._thread.join(_CLOSE_S)
+        if self._thread.is_alive():
+            log.warning("the feed's thread hangs in a call; it is left behind")
 
     def _run(self) -> None:
         try:

@@ -22,6 +22,9 @@ _MIN_SECRET_BYTES = 16
 _TOKEN_DTYPE = np.dtype("<i4")
 
 
+Scalar = int | float | str | bool | None
+
+
 class MessageError(TorchspecError):
     """A control message that must not be used: forged, damaged or too large."""
 
@@ -100,7 +103,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat", forbid_unknown_fie
     role: str
     rank: int
     time: float
-    payload: dict[str, int | float | str | bool | None]
+    payload: dict[str, Scalar]
 
 
 Message = Request | Receipt | Refusal | Heartbeat

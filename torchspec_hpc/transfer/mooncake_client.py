@@ -71,7 +71,11 @@ def open_client(
 
 def _set_environment(config: MooncakeConfig, address: str) -> None:
     """Mooncake reads these at setup; what the user set stays."""
-    settings = {"MC_STORE_CLIENT_SETUP_RETRIES": "1", "MC_TCP_BIND_ADDRESS": address}
+    settings = {
+        "MC_STORE_CLIENT_SETUP_RETRIES": "1",
+        "MC_TCP_BIND_ADDRESS": address,  # what peers are told; it listens on all interfaces
+        "MC_LOG_LEVEL": "ERROR",  # a put that waits for room warns at every try
+    }
     version = _installed_version()
     if config.protocol == "tcp" and version < _MEMCPY_FIXED:
         settings["MC_STORE_MEMCPY"] = "0"

@@ -25,6 +25,7 @@ from torchspec_hpc.transfer.mooncake_client import StoreUnavailable, open_client
 
 _OK = 0
 _NO_SPACE = -200
+_INCOMPLETE = -703
 _NOT_FOUND = -704
 _FIRST_PAUSE_S = 0.002
 _LAST_PAUSE_S = 0.1
@@ -45,10 +46,12 @@ class StoreError(TorchspecError):
 #: Mooncake's return codes that mean something to us (mooncake-store/include/types.h)
 _CODES: dict[int, tuple[type[TorchspecError], str]] = {
     _NO_SPACE: (StoreFull, "no room in any segment"),
-    -600: (StoreError, "invalid parameters: empty key, buffer too small or registered twice"),
-    _NOT_FOUND: (ObjectGone, "there is no such object"),
+    -600: (StoreError, "invalid parameters: buffer too small, or memory registered twice"),
+    _INCOMPLETE: (ObjectGone, "the object was never written to its end"),
+    _NOT_FOUND: (ObjectGone, "there is no such object, or the segment it went to is gone"),
     -706: (StoreError, "the object has a lease"),
-    -800: (ObjectGone, "the transfer failed: the process that holds the object is gone"),
+    -707: (ObjectGone, "reading took longer than mooncake.kv_lease_ttl_s"),
+    -800: (ObjectGone, "the transfer failed: the process that holds the segment is gone"),
     -900: (StoreUnavailable, "the Mooncake master does not answer"),
     -901: (StoreUnavailable, "the Mooncake master does not answer in time"),
 }
@@ -66,6 +69,7 @@ class HiddenStateStore:
         self._closed = False
         self._num_calls = 0
         self._idle = threading.Condition()
+        self._registered: dict[int, int] = {}  # address -> end
 
     @classmethod
     def open(
@@ -107,6 +111,7 @@ class HiddenStateStore:
         Raises:
             ConfigError: The tensor is larger than a whole segment.
             StoreFull: There was no room for ``mooncake.put_deadline_s`` seconds.
+            ObjectGone: The process whose segment was chosen is gone.
             StoreUnavailable: The master does not answer.
         """
         pointer, num_bytes = _memory_of(tensor)
@@ -121,13 +126,14 @@ class HiddenStateStore:
         placement = _placement(segment)
         deadline = time.monotonic() + self._config.put_deadline_s
         pause_s = _FIRST_PAUSE_S
-        while True:
-            with self._calling() as client:
-                code = client.put_from(key, pointer, num_bytes, placement)
-            if code != _NO_SPACE or time.monotonic() >= deadline:
-                break
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LAST_PAUSE_S)
+        with self._known(tensor):
+            while True:
+                with self._calling() as client:
+                    code = client.put_from(key, pointer, num_bytes, placement)
+                if code != _NO_SPACE or time.monotonic() >= deadline:
+                    break
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LAST_PAUSE_S)
         if code != _OK:
             raise self._error(code, f"put {key!r} of {num_bytes} bytes")
 
@@ -139,7 +145,7 @@ class HiddenStateStore:
             StoreUnavailable: The master does not answer.
         """
         pointer, num_bytes = _memory_of(buffer)
-        with self._calling() as client:
+        with self._known(buffer), self._calling() as client:
             code = client.get_into(key, pointer, num_bytes)
         if code < 0:
             raise self._error(code, f"get {key!r}")
@@ -149,25 +155,34 @@ class HiddenStateStore:
     def remove(self, key: str) -> None:
         """Removes an object at once; it is fine if there is none.
 
+        One that is still being written stays: its writer tells of it, or the
+        master discards it after 30 s.
+
         Raises:
             StoreUnavailable: The master does not answer.
         """
         with self._calling() as client:
             code = client.remove(key, True)  # forced: reading it took a lease
-        if code not in (_OK, _NOT_FOUND):
+        if code not in (_OK, _NOT_FOUND, _INCOMPLETE):
             raise self._error(code, f"remove {key!r}")
 
     def register(self, buffer: torch.Tensor) -> None:
-        """Makes a tensor's memory known for transfers: RDMA needs it, tcp does not."""
+        """Makes memory known to the transport, which pins it where RDMA moves the data.
+
+        Other memory is registered for the length of each call: nearly free for
+        tcp, costly for RDMA.  Register what is used again and again.
+        """
         pointer, num_bytes = _memory_of(buffer)
         with self._calling() as client:
             code = client.register_buffer(pointer, num_bytes)
         if code != _OK:
             raise self._error(code, f"register a buffer of {num_bytes} bytes")
+        self._registered[pointer] = pointer + num_bytes
 
     def unregister(self, buffer: torch.Tensor) -> None:
         """Takes back :meth:`register`."""
         pointer, _ = _memory_of(buffer)
+        del self._registered[pointer]
         with self._calling() as client:
             code = client.unregister_buffer(pointer)
         if code != _OK:
@@ -195,6 +210,21 @@ class HiddenStateStore:
             with self._idle:
                 self._num_calls -= 1
                 self._idle.notify_all()
+
+    @contextmanager
+    def _known(self, tensor: torch.Tensor) -> Iterator[None]:
+        """Registers memory for one call, unless it is a part of what is registered."""
+        pointer, num_bytes = _memory_of(tensor)
+        end = pointer + num_bytes
+        if any(a <= pointer and end <= b for a, b in list(self._registered.items())):
+            yield
+            return
+        self.register(tensor)
+        try:
+            yield
+        finally:
+            if not self._closed:  # closing has forgotten all memory
+                self.unregister(tensor)
 
     def _error(self, code: int, doing: str) -> TorchspecError:
         kind, meaning = _CODES.get(code, (StoreError, "see mooncake-store/include/types.h"))
