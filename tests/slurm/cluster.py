@@ -15,8 +15,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -132,29 +132,28 @@ class Cluster:
         Returns:
             What :meth:`job` says then.
         """
-        deadline = time.monotonic() + timeout_s
-        while (info := self.job(job_id))["JobState"] not in states:
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"job {job_id} is {info['JobState']} ({info['Reason']}) after {timeout_s} s, "
-                    f"not one of {sorted(states)}"
-                )
-            time.sleep(0.1)
+        info: dict[str, str] = {}
+
+        def reached() -> bool:
+            info.update(self.job(job_id))
+            return info["JobState"] in states
+
+        wait_for(reached, f"job {job_id} to become {' or '.join(sorted(states))}", timeout_s)
         return info
 
     def wait_restart(self, job_id: str, restarts: int, timeout_s: float = 60) -> None:
         """Waits until a requeued job runs again, without Slurm's usual delay."""
-        deadline = time.monotonic() + timeout_s
-        while True:
+
+        def restarted() -> bool:
             info = self.job(job_id)
-            if int(info["Restarts"]) >= restarts:
-                if info["JobState"] != "PENDING":
-                    return
-                # otherwise a requeued job waits for cred_expire, 120 s on a real cluster
-                self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"job {job_id} did not restart: {info}")
-            time.sleep(0.2)
+            if int(info["Restarts"]) < restarts:
+                return False
+            if info["JobState"] == "PENDING":  # it would wait for cred_expire, elsewhere 120 s
+                with suppress(RuntimeError):  # it started meanwhile
+                    self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
+            return info["JobState"] not in ("PENDING", "REQUEUED", "COMPLETING")
+
+        wait_for(restarted, f"restart {restarts} of job {job_id}", timeout_s)
 
     def warn(self, job_id: str, signal: str = "USR1") -> None:
         """Imitates the warning of ``--signal=B:``, which really comes on a 30 s tick."""
@@ -264,6 +263,9 @@ class Cluster:
             "GresTypes": "gpu",
             "ReturnToService": "2",
             "KillWait": "2",  # seconds from SIGTERM to SIGKILL
+            # nodes are pinged every third of it, and without such an event the backfill
+            # scheduler does not look at a requeued job whose waiting time is over
+            "SlurmdTimeout": "30",
             "MinJobAge": "3600",  # tests look at jobs after their end
             "MailProg": "/bin/true",
             **layout.options,
@@ -280,6 +282,15 @@ class Cluster:
             lines.append(f"PartitionName={name} Nodes={nodes} MaxTime=INFINITE DefMemPerCPU=100")
         lines[-len(layout.partitions)] += " Default=YES"
         return "\n".join(lines) + "\n"
+
+
+def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
+    """Polls until `condition` holds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {timeout_s} s for {what}")
+        time.sleep(0.1)
 
 
 def log_tails(folder: Path) -> str:

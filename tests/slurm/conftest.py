@@ -29,6 +29,16 @@ def cluster() -> Iterator[Cluster]:
         yield running
 
 
+@pytest.fixture
+def login_node(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    """The cluster, with this process as a shell on its login node."""
+    for name in os.environ:
+        if name.startswith(("SLURM_", "SBATCH_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("SLURM_CONF", str(cluster.conf))
+    return cluster
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reports = terminalreporter.stats.get("skipped", [])
     not_run = [r for r in reports if _NOT_RUN in str(r.longrepr)]

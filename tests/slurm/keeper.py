@@ -13,6 +13,7 @@ import ctypes
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,6 +57,7 @@ class Keeper:
         self.nodes: list[str] = layout["nodes"]
         self.namespaces: dict[str, str] = layout["namespaces"]
         self.daemons: dict[int, str] = {}
+        self.parent = os.getppid()
         self.env = {**os.environ, "SLURM_CONF": str(self.root / "etc" / "slurm.conf")}
 
     def start(self) -> None:
@@ -88,7 +90,10 @@ class Keeper:
             self._reap()
 
     def stop(self) -> None:
-        """Ends jobs, daemons, and whatever a job left behind."""
+        """Ends jobs, daemons, and whatever a job left behind; the folder too if no one else will.
+
+        Whoever started the keeper removes the folder, unless it was killed.
+        """
         self._end_jobs()
         for kind in _STOP_ORDER:
             pids = [pid for pid, name in self.daemons.items() if name.startswith(kind)]
@@ -99,6 +104,8 @@ class Keeper:
             for pid in descendants(os.getpid()):
                 _signal(pid, signal_number)
             self._wait_gone(lambda: bool(descendants(os.getpid())), 2)
+        if os.getppid() != self.parent:
+            shutil.rmtree(self.root)
 
     def _spawn(self, name: str, argv: list[str]) -> None:
         with (self.root / "log" / f"{name}.out").open("ab") as log:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, Layout, missing_programs
+from tests.slurm.cluster import Cluster, Layout, missing_programs, wait_for
 from tests.slurm.keeper import descendants
 
 pytestmark = pytest.mark.slurm
@@ -40,17 +39,14 @@ def test_stops_without_a_trace(cluster: Cluster) -> None:
     before = set(descendants(os.getpid()))
     with Cluster(Layout(partitions={"p": 1})) as own:
         own.sbatch("--partition=p", "--output=/dev/null", "--wrap=setsid sleep 1234 & sleep 1234")
-        deadline = time.monotonic() + 20
-        while "sleep 1234" not in own.job_processes():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for(lambda: "sleep 1234" in own.job_processes(), "the job's process")
         root = own.root
     assert set(descendants(os.getpid())) <= before
     assert not root.exists()
     assert not [p for p in Path("/proc").glob("[0-9]*") if _command(p) == "sleep 1234"]
 
 
-def test_ends_with_a_killed_test_run(cluster: Cluster, tmp_path: Path) -> None:
+def test_ends_with_a_killed_test_run(cluster: Cluster) -> None:
     del cluster
     code = (
         "import os, signal\nfrom tests.slurm.cluster import Cluster, Layout\n"
@@ -59,10 +55,8 @@ def test_ends_with_a_killed_test_run(cluster: Cluster, tmp_path: Path) -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, timeout=60)
     root, keeper = run.stdout.split()
-    deadline = time.monotonic() + 20
-    while Path("/proc", keeper).exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: not Path("/proc", keeper).exists(), "the keeper's end")
+    assert not Path(root).exists()
     assert not [p for p in Path("/proc").glob("[0-9]*") if root in _command(p)]
 
 
