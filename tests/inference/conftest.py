@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,15 @@ from torchspec_hpc.target.spec import TargetSpec
 from torchspec_hpc.transfer.store import HiddenStateStore
 
 AUX_LAYERS = (1, 2, 3)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def _environment() -> Iterator[None]:
+    """Takes back what an engine sets in this process's environment for vLLM."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ from torchspec_hpc.transfer.control import ControlClient
 
 ROLE = "inference"
 
-_logger = logging.getLogger(__name__)
+_logger = logging.getLogger("torchspec_hpc.inference.worker")  # __name__ is __main__
 _stop = threading.Event()
 
 

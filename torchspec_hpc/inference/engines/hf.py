@@ -59,7 +59,7 @@ class HfEngine:
     def prefill(self, prompts: Sequence[EnginePrompt]) -> list[Result]:
         """See :class:`~torchspec_hpc.inference.engines.base.Engine`."""
         usable, results = sift(prompts, self._max_prompt_tokens, self._vocab_size)
-        for batch in _batches(usable, self.max_prompts, self.max_tokens):
+        for batch in group_by_length(usable, self.max_prompts, self.max_tokens):
             captured = self._target.states([prompt.token_ids for prompt in batch])
             for prompt, states in zip(batch, captured, strict=True):
                 self._writer.submit(prompt.key, prompt.segment, states)
@@ -156,7 +156,7 @@ class HookedTarget:
         return [stacked[row, : ids.size] for row, ids in enumerate(batch)]
 
 
-def _batches(
+def group_by_length(
     prompts: Sequence[EnginePrompt], max_prompts: int, max_tokens: int
 ) -> Iterator[list[EnginePrompt]]:
     """Groups prompts of similar length; a group has at most ``max_tokens`` with padding."""

@@ -57,6 +57,7 @@ class VllmEngine:
         config = context.config
         inference = config.inference
         os.environ.update(environment(context))
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override kv_cache_memory_bytes
         if inference.num_threads is not None:
             torch.set_num_threads(inference.num_threads)
         import vllm  # takes seconds, and reads the environment
@@ -133,8 +134,6 @@ def environment(context: EngineContext) -> dict[str, str]:
             variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         # the default pins engines to cores, all on this node to the same ones
         variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        # overrides kv_cache_memory_bytes unless it is 0, and counts in whole gibibytes
-        variables["VLLM_CPU_KVCACHE_SPACE"] = "0"
     elif inference.batch_invariant:
         variables["VLLM_BATCH_INVARIANT"] = "1"
     if inference.num_threads is not None:

@@ -1,0 +1,39 @@
+"""Engines by name."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.inference.conftest import context_of, make_run
+from tests.services import local_endpoints
+from torchspec_hpc.errors import ConfigError
+from torchspec_hpc.inference.engines.base import EngineContext
+from torchspec_hpc.inference.engines.registry import create_engine
+
+
+@pytest.fixture
+def context(tmp_path: Path, tiny_target: Path) -> object:
+    def build(engine: str) -> EngineContext:
+        endpoints = local_endpoints("127.0.0.1:1", "127.0.0.1:2")
+        return context_of(
+            make_run(tmp_path / "run", tiny_target, endpoints, inference={"engine": engine})
+        )
+
+    return build
+
+
+@pytest.mark.parametrize("name", ["sglang", "tokenspeed"])
+def test_engines_that_do_not_exist_yet(context, name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"engine is {name}, .*\n  allowed: vllm, hf"):
+        create_engine(context(name))
+
+
+def test_an_engine_that_is_not_installed(context, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)  # as if it were not there
+    with pytest.raises(
+        ConfigError, match=r"the package vllm is not installed\n.*\[vllm\].*\[cpu\]"
+    ):
+        create_engine(context("vllm"))
