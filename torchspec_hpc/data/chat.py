@@ -6,8 +6,9 @@ Two ways to find an answer:
   taken at its word, but for white space after the end of turn;
 * *prompt and answer*: otherwise, turn k is an answer exactly if the conversation begins with what
   the model is prompted with for that turn (turns before k, and the generation prompt), followed by
-  the turn's text and the end-of-turn token. What the template puts between prompt and text, and
-  after the end of turn, is not part of it.
+  the turn's text and the end-of-turn token. What the template puts between prompt and text is not
+  part of it (empty thinking, say), unless it is white space, which may be one token with the first
+  word; what follows the end of turn is not, either.
 """
 
 from __future__ import annotations
@@ -148,8 +149,8 @@ class ChatTemplate:
             for said in (content, content.strip(), content.lstrip(), content.rstrip()):
                 answer = said + self.end_of_turn
                 if text.startswith(self.lead + answer, len(prompt)):
-                    start = len(prompt) + len(self.lead)
-                    return start, start + len(answer)
+                    start = len(prompt) + (len(self.lead) if self.lead.strip() else 0)
+                    return start, len(prompt) + len(self.lead) + len(answer)
         raise BadRow(
             f"not rendered as generated: the chat template changes turn {turn + 1} or what comes "
             "before it; dataset.last_turn_loss_only: auto helps where only history is changed"
