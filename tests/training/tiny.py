@@ -1,4 +1,4 @@
-"""What test scripts under torchrun share: a tiny draft, target head and batches."""
+"""A tiny draft, its target head and batches of random hidden states."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torchspec_hpc.drafts.eagle3.config import Eagle3Config
 from torchspec_hpc.drafts.eagle3.model import Eagle3Draft
 from torchspec_hpc.drafts.target_head import TargetHead
 from torchspec_hpc.target.weights import TargetTensors
+from torchspec_hpc.training.checkpoint_files import CheckpointMeta
 
 VOCAB, HIDDEN, DRAFT_VOCAB = 40, 16, 24
 CONFIG = Eagle3Config(
@@ -43,6 +44,17 @@ def draft() -> Eagle3Draft:
     made = Eagle3Draft(CONFIG, target().embedding, kept)
     made.initialize(target(), seed=0)
     return made
+
+
+def meta(world_size: int) -> CheckpointMeta:
+    return CheckpointMeta(
+        step=0,
+        cursor=0,
+        draft={"algorithm": "eagle3", "config": CONFIG.to_dict(), "kept_ids_file": None},
+        target="/models/tiny",
+        stream={"dataset": "abc", "num_samples": 6, "seed": 0, "shuffle": True},
+        world_size=world_size,
+    )
 
 
 def head() -> TargetHead:

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchspec_hpc.config.schema import TrainingConfig
-from torchspec_hpc.data.dataset import TokenDataset
 from torchspec_hpc.data.sample import Sample
 from torchspec_hpc.data.sampler import Sampler, positions_of
 from torchspec_hpc.drafts.batch import PackedBatch, pack
@@ -22,6 +21,13 @@ from torchspec_hpc.training.parallel import World
 
 #: Ticket and sample of each document of a micro-batch.
 _MicroBatch = list[tuple[str, Sample]]
+
+
+class Samples(Protocol):
+    """What is trained on: :class:`torchspec_hpc.data.dataset.TokenDataset`."""
+
+    def __getitem__(self, index: int) -> Sample:
+        """Token ids and loss mask."""
 
 
 class HiddenStates(Protocol):
@@ -65,11 +71,12 @@ class MicroBatches:
         num_steps: The optimizer step at which the run ends.
         window_tokens: Never ask for more tokens than this at a time, beyond one micro-batch:
             what was asked for must fit into this rank's part of the store.
+        name: Begins the tickets of this stream.
     """
 
     def __init__(
         self,
-        dataset: TokenDataset,
+        dataset: Samples,
         sampler: Sampler,
         states: HiddenStates,
         world: World,
@@ -77,7 +84,9 @@ class MicroBatches:
         start: Progress,
         num_steps: int,
         window_tokens: int,
+        name: str = "train",
     ) -> None:
+        self._name = name
         self._dataset, self._sampler, self._states = dataset, sampler, states
         self._per_step, self._ahead = config.draft_accumulation_steps, config.prefetch_depth
         self._window_tokens = window_tokens
@@ -116,7 +125,9 @@ class MicroBatches:
             self._next = next(self._stream, None)
 
     def _read(self, positions: list[int]) -> _MicroBatch:
-        return [(f"train-{at}", self._dataset[self._sampler.index_at(at)]) for at in positions]
+        return [
+            (f"{self._name}-{at}", self._dataset[self._sampler.index_at(at)]) for at in positions
+        ]
 
 
 def samples_per_step(world: World, config: TrainingConfig) -> int:

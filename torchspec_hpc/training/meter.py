@@ -22,6 +22,7 @@ TAGS = {
     "train/grad_norm": "L2 norm of the gradient before clipping",
     "train/skipped_steps": "steps of this attempt whose gradient was not finite",
     "train/epoch": "passes over the data so far",
+    "eval/<loss, loss_step_<i>, acc_step_<i>, accept_len>": "the same of the held-out samples",
     "throughput/tokens_per_s": "tokens trained on per second, all ranks",
     "throughput/train_tokens_per_s": "the same without the time spent waiting for data",
     "throughput/inference_tokens_per_s": "tokens per second of all engines while they work",
@@ -69,11 +70,11 @@ class Meter:
         mine = [costs.num_tokens, costs.num_bytes, costs.num_retries, costs.wait_s, costs.step_s]
         row = torch.cat([result.sums.flatten(), result.sums.new_tensor(mine)])
         rows = gather_over_ranks(row).cpu()  # [world size, 4K + 5]
-        sums = rows[:, : result.sums.numel()].sum(0).view(result.sums.shape)
+        sums = rows[:, :-5].sum(0).view(result.sums.shape)
         num_tokens, num_bytes, num_retries = rows[:, -5:-2].sum(0).tolist()
         wait_s, step_s = rows[:, -2:].amax(0).tolist()
         return {
-            **self._learning(sums),
+            **self._learning("train", sums),
             "train/grad_norm": result.grad_norm,
             "throughput/tokens_per_s": num_tokens / step_s,
             "throughput/train_tokens_per_s": num_tokens / max(step_s - wait_s, 1e-9),
@@ -84,16 +85,20 @@ class Meter:
             "transfer/retries": num_retries,
         }
 
-    def _learning(self, sums: Tensor) -> dict[str, float]:
+    def evaluate(self, sums: Tensor) -> dict[str, float]:
+        """Gathers the ``sums`` [4, K] of an evaluation over all ranks and names its numbers."""
+        return self._learning("eval", gather_over_ranks(sums).sum(0).cpu())
+
+    def _learning(self, part: str, sums: Tensor) -> dict[str, float]:
         """Loss and accuracy of ``sums`` [4, K]; a TTT step without positions has no number."""
         loss_sums, correct, scored, trained = sums
         losses = {i: float(loss_sums[i] / n) for i, n in enumerate(trained.tolist()) if n}
         accuracies = {i: float(correct[i] / n) for i, n in enumerate(scored.tolist()) if n}
         return {
-            "train/loss": sum(self._weights[i] * loss for i, loss in losses.items()),
-            **{f"train/loss_step_{i}": loss for i, loss in losses.items()},
-            **{f"train/acc_step_{i}": accuracy for i, accuracy in accuracies.items()},
-            "train/accept_len": accept_len(correct, scored),
+            f"{part}/loss": sum(self._weights[i] * loss for i, loss in losses.items()),
+            **{f"{part}/loss_step_{i}": loss for i, loss in losses.items()},
+            **{f"{part}/acc_step_{i}": accuracy for i, accuracy in accuracies.items()},
+            f"{part}/accept_len": accept_len(correct, scored),
         }
 
 

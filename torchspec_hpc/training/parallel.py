@@ -129,7 +129,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def gather_over_ranks(values: Tensor) -> Tensor:
-    """Gathers a vector `[n]` of every rank as `[world size, n]`."""
+    """Gathers a small tensor `[...]` of every rank as `[world size, ...]`."""
     rows = [torch.empty_like(values) for _ in range(dist.get_world_size())]
     dist.all_gather(rows, values)
     return torch.stack(rows)

@@ -29,6 +29,7 @@ from torchspec_hpc.training.checkpoint_files import (
     Progress,
     latest_checkpoint,
 )
+from torchspec_hpc.training.evaluation import EvaluationSet
 from torchspec_hpc.training.meter import EngineMonitor
 from torchspec_hpc.training.optim import build_optimizer
 from torchspec_hpc.training.parallel import World, seed_rank, shard
@@ -66,8 +67,9 @@ def build_trainer(
     settings = config.training
     spec = TargetSpec.from_path(config.model.target_model_path)
     aux_layers = spec.aux_layers(config.inference.aux_hidden_states_layers)
-    dataset = _open_dataset(config, world)
-    window_tokens = _window_tokens(config, spec, aux_layers, dataset)
+    dataset = _open_dataset(config, world, config.dataset.train_data_path)
+    held_out = _open_held_out(config, world)
+    window_tokens = _window_tokens(config, spec, aux_layers, [dataset, *held_out])
     draft, head, meta = _build_draft(config, run, world, dataset, spec, aux_layers)
     optimizer = build_optimizer(draft, settings)
     checkpointer = Checkpointer(
@@ -100,15 +102,34 @@ def build_trainer(
         progress=progress,
         num_steps=num_steps,
         num_samples=len(dataset),
+        evaluation=EvaluationSet(held_out[0], feed, world, settings, window_tokens)
+        if held_out
+        else None,
     )
 
 
-def _open_dataset(config: Config, world: World) -> TokenDataset:
+def _open_held_out(config: Config, world: World) -> list[TokenDataset]:
+    """The evaluation data, or nothing.
+
+    Raises:
+        ConfigError: Evaluation is asked for, and there are no data.
+    """
+    if not config.dataset.eval_interval:
+        return []
+    if config.dataset.eval_data_path is None:
+        raise ConfigError(
+            f"dataset.eval_interval is {config.dataset.eval_interval} without data",
+            hint="set dataset.eval_data_path, or dataset.eval_interval: 0",
+        )
+    return [_open_dataset(config, world, config.dataset.eval_data_path)]
+
+
+def _open_dataset(config: Config, world: World, path: str) -> TokenDataset:
     """Tokenizes once, on the main rank; the others open what it made."""
     if not world.is_main:
         dist.barrier()
     dataset = prepare_dataset(
-        config.dataset.train_data_path,
+        path,
         config.dataset,
         config.model,
         config.training.max_seq_length,
@@ -120,9 +141,9 @@ def _open_dataset(config: Config, world: World) -> TokenDataset:
 
 
 def _window_tokens(
-    config: Config, spec: TargetSpec, aux_layers: tuple[int, ...], dataset: TokenDataset
+    config: Config, spec: TargetSpec, aux_layers: tuple[int, ...], datasets: list[TokenDataset]
 ) -> int:
-    """Tokens whose hidden states fit into this rank's segment of the store.
+    """Tokens of each dataset whose hidden states fit into this rank's segment of the store.
 
     Raises:
         ConfigError: The longest micro-batch does not fit.
@@ -131,13 +152,15 @@ def _window_tokens(
     item_bytes: int = getattr(torch, dtype).itemsize
     token_bytes = (len(aux_layers) + 1) * spec.hidden_size * item_bytes
     segment_bytes = int(config.mooncake.global_segment_size)
-    window_tokens = int(_SEGMENT_SHARE * segment_bytes) // token_bytes
-    longest = int(dataset.lengths.max()) * config.training.micro_batch_size
+    share = _SEGMENT_SHARE / len(datasets)
+    window_tokens = int(share * segment_bytes) // token_bytes
+    longest = max(int(dataset.lengths.max()) for dataset in datasets)
+    longest *= config.training.micro_batch_size
     if longest > window_tokens:
         raise ConfigError(
             f"mooncake.global_segment_size = {segment_bytes} bytes cannot hold a micro-batch of "
             f"{longest} tokens with {token_bytes} bytes of hidden states each",
-            allowed=f"at least {int(longest * token_bytes / _SEGMENT_SHARE) + 1} bytes",
+            allowed=f"at least {int(longest * token_bytes / share) + 1} bytes",
             hint="raise it, or lower training.max_seq_length or training.micro_batch_size",
         )
     return window_tokens

@@ -83,7 +83,7 @@ class Eagle3Step:
         assert isinstance(trained, Tensor)
         shared = sum_over_ranks(torch.cat([trained, trained.new_tensor([flag])]))
         num_trained, flags = shared[:-1], shared[-1]
-        sums = torch.zeros(4, self._ttt_length, dtype=torch.float64, device=self._world.device)
+        sums = self._no_sums()
         for index, (batch, argmax, supervised) in enumerate(prepared):
             self._sharded.set_requires_gradient_sync(index == len(prepared) - 1)
             output: TTTOutput = self._draft(
@@ -91,7 +91,7 @@ class Eagle3Step:
             )
             # FSDP averages gradients over ranks; the loss is a sum over them
             (output.loss * self._world.size).backward()  # type: ignore[no-untyped-call]
-            sums += torch.stack([output.loss_sums, output.correct, output.scored, output.trained])
+            sums += _sums(output)
         grad_norm = self._clip()
         applied = grad_norm < float("inf")  # False for nan too
         if applied:
@@ -100,12 +100,38 @@ class Eagle3Step:
         return StepResult(sums, grad_norm, applied, bool(flags > 0))
 
     @torch.no_grad()
+    def evaluate(self, batches: Sequence[PackedBatch]) -> Tensor:
+        """Measures the draft without changing it.
+
+        Args:
+            batches: As many on every rank.
+
+        Returns:
+            ``[4, K]`` float64, of this rank; see :class:`StepResult`.
+        """
+        sums = self._no_sums()
+        for batch, argmax, supervised in map(self._prepare, batches):
+            trained = supervised.trained.sum(1)
+            sums += _sums(
+                self._draft(batch, self._head, argmax, supervised, trained, self._weights)
+            )
+        self._sharded.reshard()  # the last forward left the parameters whole
+        return sums
+
+    @torch.no_grad()
     def _prepare(self, batch: PackedBatch) -> tuple[PackedBatch, Tensor, Supervision]:
         batch = batch.to(self._world.device, self._dtype)
         argmax = target_argmax(self._head, batch.last, scored_rows(batch))
         return batch, argmax, supervision(batch, argmax, self._draft.t2d, self._ttt_length)
 
+    def _no_sums(self) -> Tensor:
+        return torch.zeros(4, len(self._weights), dtype=torch.float64, device=self._world.device)
+
     def _clip(self) -> float:
         norm = nn.utils.clip_grad_norm_(self._draft.parameters(), self._max_grad_norm)
         assert isinstance(norm, DTensor)
         return float(norm.full_tensor())  # over the shards of all ranks
+
+
+def _sums(output: TTTOutput) -> Tensor:
+    return torch.stack([output.loss_sums, output.correct, output.scored, output.trained])

@@ -16,6 +16,7 @@ from torchspec_hpc.observe.metrics import MetricsWriter
 from torchspec_hpc.training.batches import MicroBatches, StepData, samples_per_step
 from torchspec_hpc.training.checkpoint import Checkpointer
 from torchspec_hpc.training.checkpoint_files import Progress
+from torchspec_hpc.training.evaluation import EvaluationSet
 from torchspec_hpc.training.meter import Costs, EngineMonitor, Meter
 from torchspec_hpc.training.optim import Schedule, set_hyperparameters
 from torchspec_hpc.training.parallel import World
@@ -44,6 +45,7 @@ class Trainer:
         progress: Where to go on.
         num_steps: The optimizer step at which the run ends.
         num_samples: Of the dataset.
+        evaluation: Held-out samples, if the run has any.
     """
 
     def __init__(
@@ -61,11 +63,13 @@ class Trainer:
         progress: Progress,
         num_steps: int,
         num_samples: int,
+        evaluation: EvaluationSet | None,
     ) -> None:
         self._config, self._run, self._world = config, run, world
         self._optimizer, self._step, self._batches = optimizer, step, batches
         self._feed, self._monitor, self._checkpointer = feed, monitor, checkpointer
         self._progress, self._num_steps, self._num_samples = progress, num_steps, num_samples
+        self._evaluation = evaluation
         self._samples_per_step = samples_per_step(world, config.training)
         self._schedule = Schedule.from_config(config.training, num_steps)
         self._meter = Meter(world, step_weights(config.training))
@@ -118,6 +122,8 @@ class Trainer:
         self._count_skipped(result)
         costs = _costs(data, before, self._feed.stats(), time.monotonic() - start)
         values = self._meter.measure(result, costs)
+        if self._evaluation is not None and self._evaluation_is_due():
+            values |= self._meter.evaluate(self._step.evaluate(self._evaluation.batches()))
         if self._metrics is not None:
             self._report(values | {"train/lr": learning_rate})
         return result.flagged
@@ -136,6 +142,10 @@ class Trainer:
                 f"up to step {step}\n"
                 "  next:    lower training.learning_rate, or use training.compute_dtype: float32"
             )
+
+    def _evaluation_is_due(self) -> bool:
+        step = self._progress.step
+        return step % self._config.dataset.eval_interval == 0 or step == self._num_steps
 
     def _checkpoint_is_due(self, before: Progress) -> bool:
         settings = self._config.training
