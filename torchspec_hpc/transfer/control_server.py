@@ -1,4 +1,4 @@
-"""The control store: a TCPStore that serves until SIGTERM.
+"""The control store: a TCPStore that serves until SIGTERM, or SIGINT where that is blocked.
 
 The first and only line on standard output is ``READY host:port``.
 """
@@ -19,7 +19,8 @@ def serve(host: str, port: int) -> None:
         port: Port to bind; 0 takes a free one.
     """
     stops = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # the store's threads inherit the mask
+    # the store's threads inherit the mask; what our parent had blocked is not meant for us
+    stops -= signal.pthread_sigmask(signal.SIG_BLOCK, stops)
     # left alone, TCPStore listens on every interface
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.create_server((host, port), family=family, backlog=4096)
