@@ -1,0 +1,115 @@
+"""The supervisor as the batch script of heterogeneous jobs on a real cluster."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, Layout
+from tests.slurm.fake_workers.plan import Plan
+from tests.slurm.supervised import ROOT, Run, make_run
+from torchspec_hpc.slurm.render import render_script
+
+pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+
+GROUP = {"cpus_per_task": 1, "mem": "1000M"}
+SLURM = {
+    "network_interface": "lo",
+    "time": "00:10:00",
+    "signal_before_s": 60,
+    "inference": {**GROUP, "partition": "infer"},
+    "training": {**GROUP, "partition": "train"},
+}
+TWO_NODES = {"training": {"training_num_nodes": 2}, "inference": {"inference_num_gpus": 2}}
+
+
+@pytest.fixture(scope="module")
+def patient(cluster: Cluster) -> Iterator[Cluster]:
+    """A cluster that leaves a job it ends the time for a checkpoint."""
+    with Cluster(Layout(options={"KillWait": "20"})) as running:
+        yield running
+
+
+def submit(cluster: Cluster, run: Run) -> str:
+    script = run.dir.job / "script.sbatch"
+    script.write_text(render_script(run.config, run.dir, command=run.command))
+    return cluster.sbatch(script, cwd=ROOT)
+
+
+def finish(cluster: Cluster, job: str, run: Run, state: str = "COMPLETED") -> None:
+    """The job ends in this state, and nothing of it is left."""
+    assert cluster.wait_state(job, timeout_s=60)["JobState"] == state, run.supervisor_logs()
+    run.wait(lambda: not cluster.job_processes(), 10)
+
+
+def test_a_job_runs_to_its_end(patient: Cluster, tmp_path: Path) -> None:
+    plan = Plan(num_steps=5, leave_orphan=True, use_torch=True)
+    run = make_run(tmp_path / "r", plan, cluster="slurm", slurm=SLURM, **TWO_NODES)
+    finish(patient, submit(patient, run), run)
+    assert run.steps() == [1, 2, 3, 4, 5]
+    assert run.outcome()["codes"]["training"] == 0
+    assert json.loads(run.dir.endpoints.read_text())["addresses"] == patient.addresses
+    logs = run.dir.logs / "latest"
+    for i in (0, 1):  # ranks follow the nodes
+        assert list(logs.glob(f"training/train{i}/training_rank{i}_*.log"))
+        assert list(logs.glob(f"inference/infer{i}/inference_rank{i}_*.log"))
+
+
+def test_the_warning_requeues_and_no_step_is_lost(patient: Cluster, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r", Plan(num_steps=40, step_s=0.1), cluster="slurm", slurm=SLURM)
+    job = submit(patient, run)
+    run.wait_step(3)
+    patient.warn(job)
+    patient.wait_restart(job, 1)
+    finish(patient, job, run)
+    assert run.steps() == list(range(1, 41))
+    assert "requeue: stopped as asked" in run.supervisor_logs()
+    assert {p.name for p in run.dir.logs.glob("attempt_*")} == {"attempt_0", "attempt_1"}
+
+
+def test_a_requeue_from_outside_loses_no_step(patient: Cluster, tmp_path: Path) -> None:
+    """Slurm sends SIGTERM to every process of the job, torchrun and services included."""
+    plan = Plan(num_steps=100, step_s=0.1, use_torch=True)
+    run = make_run(tmp_path / "r", plan, cluster="slurm", slurm=SLURM, **TWO_NODES)
+    job = submit(patient, run)
+    run.wait_step(3)
+    patient.run("scontrol", "requeue", job)
+    patient.wait_restart(job, 1)
+    finish(patient, job, run)
+    assert run.steps() == list(range(1, 101))
+    assert "Slurm has put the job back into the queue" in run.supervisor_logs()
+
+
+def test_a_cancelled_job_saves_and_stays_cancelled(patient: Cluster, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r", Plan(num_steps=10_000), cluster="slurm", slurm=SLURM)
+    job = submit(patient, run)
+    run.wait_step(3)
+    patient.cancel(job)
+    finish(patient, job, run, "CANCELLED")
+    assert patient.job(job)["Restarts"] == "0"
+    assert run.outcome()["exit_code"] == 85
+    assert run.outcome()["reason"] == "the job was cancelled"
+    assert (run.dir.checkpoints / "latest").read_text().strip() == f"step_{run.steps()[-1]}"
+
+
+def test_a_crash_is_tried_again_while_there_is_progress(patient: Cluster, tmp_path: Path) -> None:
+    plan = Plan(crash_at=4, crash_code=7, save_every=1, num_steps=100)
+    run = make_run(tmp_path / "r", plan, cluster="slurm", slurm=SLURM)
+    job = submit(patient, run)
+    patient.wait_restart(job, 1)
+    finish(patient, job, run, "FAILED")
+    assert patient.exit_code(job) == 7
+    assert run.steps() == [1, 2, 3, 4, 4]
+    assert run.outcome()["reason"] == "no progress since step 3"
+
+
+def test_engines_that_cannot_start_end_the_job(patient: Cluster, tmp_path: Path) -> None:
+    plan = Plan(engine="user error", num_steps=10_000)
+    run = make_run(tmp_path / "r", plan, cluster="slurm", slurm=SLURM, **TWO_NODES)
+    job = submit(patient, run)
+    finish(patient, job, run, "FAILED")
+    assert patient.exit_code(job) == 2
+    assert "there is no model in /nowhere" in run.outcome()["message"]

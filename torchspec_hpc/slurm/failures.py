@@ -1,0 +1,63 @@
+"""What failing workers say of themselves in ``control/errors``, and the one cause among it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torchspec_hpc.config.rundir import RunDir
+from torchspec_hpc.errors import EXIT_USER_ERROR
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The last words of one worker.
+
+    Attributes:
+        role: ``training`` or ``inference``.
+        rank: Global rank in its group.
+        node: Where it ran.
+        error: One clear message.
+        exit_code: Of its process.
+    """
+
+    role: str
+    rank: int
+    node: str
+    error: str
+    exit_code: int
+
+    def __str__(self) -> str:
+        return f"{self.role} rank {self.rank} on {self.node}: {self.error}"
+
+
+def read_failures(run: RunDir) -> list[Failure]:
+    """All failures of this attempt, in the order in which they were written."""
+    # NFS clients cache a directory's entries for up to a minute, unless they change it themselves
+    probe = run.errors / ".refresh"
+    probe.touch()
+    probe.unlink()
+    found: list[tuple[float, Failure]] = []
+    for path in run.errors.glob("*.json"):
+        with contextlib.suppress(FileNotFoundError):
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            found.append((path.stat().st_mtime, Failure(**fields)))
+    return [failure for _, failure in sorted(found, key=lambda item: item[0])]
+
+
+def root_cause(failures: Sequence[Failure]) -> Failure | None:
+    """The failure that explains the others.
+
+    A mistake of the user's comes first: its worker ends at once, and the others fail for
+    want of it.  Otherwise the first to fail takes the others with it.
+    """
+    by_user = [failure for failure in failures if failure.exit_code == EXIT_USER_ERROR]
+    return next(iter(by_user or failures), None)
+
+
+def clear_failures(run: RunDir) -> None:
+    """Removes what an earlier attempt left."""
+    for path in run.errors.glob("*.json"):
+        path.unlink()

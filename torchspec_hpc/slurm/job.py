@@ -1,0 +1,86 @@
+"""This Slurm job seen from inside: what becomes of it, and how it goes back into the queue."""
+
+from __future__ import annotations
+
+import logging
+from enum import Enum
+
+from torchspec_hpc.errors import TorchspecError
+from torchspec_hpc.slurm.scheduler import JobInfo, SchedulerError, job_info, run_client
+
+_logger = logging.getLogger(__name__)
+
+#: Seconds after which a requeued job may start again.  Left alone it waits for ``cred_expire``,
+#: 120 by default, which is more than the nodes need to clean up.
+_RESTART_DELAY_S = 10
+
+
+class JobFate(Enum):
+    """What becomes of a job."""
+
+    RUNNING = "the job goes on"
+    REQUEUED = "Slurm has put the job back into the queue"
+    TIME_LIMIT = "the job has reached its time limit"
+    CANCELLED = "the job was cancelled"
+    UNKNOWN = "Slurm does not say what becomes of the job"
+
+
+def read_fate(info: JobInfo, restart_count: int) -> JobFate:
+    """Reads it from what the scheduler says while the job is being killed.
+
+    It is COMPLETING then, whatever the cause.  But a requeue, also one after preemption or a
+    node failure, has been counted, and a time limit is given as the reason; a cancelled job
+    shows neither (seen with Slurm 22.05).
+
+    Args:
+        info: State of the leader.
+        restart_count: Restarts before this attempt.
+    """
+    if info.restarts is None:  # the controller does not know this job any more
+        return JobFate.UNKNOWN
+    if info.restarts > restart_count:
+        return JobFate.REQUEUED
+    if info.state == "RUNNING":
+        return JobFate.RUNNING
+    if info.state == "TIMEOUT" or info.reason == "TimeLimit":
+        return JobFate.TIME_LIMIT
+    return JobFate.CANCELLED
+
+
+class Job:
+    """This job.
+
+    Args:
+        job_id: Of the het leader.
+        restart_count: Restarts before this attempt.
+        num_components: Of the het job.
+    """
+
+    def __init__(self, job_id: str, restart_count: int, num_components: int) -> None:
+        self.job_id = job_id
+        self._restart_count, self._num_components = restart_count, num_components
+
+    def fate(self) -> JobFate:
+        """What becomes of the job; UNKNOWN where Slurm does not answer."""
+        try:
+            return read_fate(job_info(self.job_id), self._restart_count)
+        except SchedulerError as error:
+            _logger.warning("%s", error)
+            return JobFate.UNKNOWN
+
+    def requeue(self) -> None:
+        """Puts the job back into the queue; Slurm kills this attempt within ``KillWait``.
+
+        Raises:
+            TorchspecError: Slurm refuses.
+        """
+        done = run_client(["scontrol", "requeue", self.job_id])
+        if done.returncode:
+            raise TorchspecError(f"Slurm does not requeue this job: {done.stderr.strip()}")
+        for component in range(self._num_components):
+            name = int(self.job_id) + component
+            done = run_client(
+                ["scontrol", "update", f"JobId={name}", f"StartTime=now+{_RESTART_DELAY_S}"]
+            )
+            if done.returncode:  # then it waits longer
+                _logger.debug("cannot hasten the restart: %s", done.stderr.strip())

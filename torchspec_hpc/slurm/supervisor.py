@@ -1,0 +1,262 @@
+"""Runs one attempt of a run: ``python -m torchspec_hpc.slurm.supervisor --run-dir RUN``.
+
+The batch script of a Slurm job turns into this process; ``torchspec-hpc run`` calls the same
+:class:`Supervisor` over local processes.  It starts the services, publishes where they answer,
+starts the engines and the trainers, and watches them until the trainers have ended.  Then it
+stops everything and says how it went: done, requeued, or the one message that tells why not.
+
+How signals end in a checkpoint
+    SIGUSR1 (Slurm's warning before the time limit), SIGTERM and the first Ctrl-C write
+    ``control/stop``; the trainers see it at the end of their step, write a checkpoint and exit
+    with 85.  SIGTERM is what Slurm sends to every process of a job ``KillWait`` seconds before
+    SIGKILL; all but this one are shielded from it (shepherd.py).
+
+    SIGTERM does not say what follows, so Slurm is asked (job.py).  Where Slurm has requeued the
+    job by itself (``scontrol requeue``, preemption, node failure) the checkpoint is all there
+    is to do.  At the time limit we requeue at once, as nobody knows whether we live to see the
+    trainers' end.  A cancelled job stays cancelled; its checkpoint serves ``--resume``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from torchspec_hpc.config.endpoints import Endpoints, create_secret
+from torchspec_hpc.config.load import load_config
+from torchspec_hpc.config.rundir import RunDir, write_atomic
+from torchspec_hpc.config.schema import Config
+from torchspec_hpc.errors import (
+    EXIT_CRASH,
+    EXIT_DONE,
+    EXIT_REQUEUE,
+    EXIT_USER_ERROR,
+    TorchspecError,
+    UserError,
+)
+from torchspec_hpc.observe.logs import report_error, setup_logging
+from torchspec_hpc.slurm.attempts import Attempt, History
+from torchspec_hpc.slurm.failures import clear_failures
+from torchspec_hpc.slurm.job import JobFate
+from torchspec_hpc.slurm.requeue import Rules, Verdict, decide
+from torchspec_hpc.slurm.services import Services
+from torchspec_hpc.slurm.signals import SignalInbox
+from torchspec_hpc.slurm.srun import SlurmLauncher
+from torchspec_hpc.slurm.steps import INFERENCE, TRAINING, Launcher, Step
+from torchspec_hpc.slurm.watch import Ending, Watch
+
+_logger = logging.getLogger(__name__)
+
+ROLE = "supervisor"
+#: From the request to leave until engines are killed; they hold nothing that would be lost.
+_ENGINE_GRACE_S = 10.0
+
+
+class Interrupted(TorchspecError):
+    """Ctrl-C, for the second time."""
+
+
+class Supervisor:
+    """One attempt of a run.
+
+    Args:
+        run: The run, prepared.
+        config: Its settings.
+        launcher: Where it runs.
+    """
+
+    def __init__(self, run: RunDir, config: Config, launcher: Launcher) -> None:
+        self._run, self._config, self._launcher = run, config, launcher
+        self._rules = Rules(launcher.can_requeue, config.slurm.max_attempts)
+        self._inbox = SignalInbox()
+        self._steps: dict[str, Step] = {}
+        self._stop_asked_at: float | None = None
+        self._engine_grace_s = _ENGINE_GRACE_S
+        self._requeued = False
+
+    def run(self) -> int:
+        """Runs the attempt and returns the exit code of this process.
+
+        Raises:
+            UserError: The run directory cannot be written or holds a broken history.
+        """
+        run = self._run
+        run.create()
+        if run.done.exists():
+            _logger.info("the run %s is complete", run.root)
+            return EXIT_DONE
+        self._history = History(run)
+        attempt = self._history.begin(self._launcher.job_id)
+        setup_logging(ROLE, 0, run, attempt.number)
+        _logger.info("attempt %d of %s, from step %d", attempt.number, run.root, attempt.first_step)
+        self._remove_traces()
+        with self._inbox:
+            return self._conclude(attempt, self._attempt(attempt))
+
+    def _remove_traces(self) -> None:
+        """Removes what an earlier attempt left and this one's workers would believe."""
+        run = self._run
+        for path in (run.endpoints, run.stop, run.exit_codes, *run.heartbeats.glob("*.json")):
+            path.unlink(missing_ok=True)
+        clear_failures(run)
+
+    def _attempt(self, attempt: Attempt) -> Ending:
+        logs = self._run.attempt_logs(attempt.number)
+        launcher = self._launcher
+        services = Services(self._config, launcher.host, logs, launcher.modules.control_store)
+        try:
+            services.start(check=self._act_on_signals)
+            if self._stop_asked_at is not None:
+                return Ending(EXIT_REQUEUE, "asked to stop before the workers were started")
+            self._publish(attempt, services)
+            self._steps[INFERENCE] = self._launcher.start_inference(logs)
+            self._steps[TRAINING] = self._launcher.start_training(logs)
+            watch = Watch(
+                self._run,
+                self._config.control,
+                services,
+                self._steps[INFERENCE],
+                self._steps[TRAINING],
+                self._act_on_signals,
+            )
+            ending = watch.until_the_end()
+        except Interrupted as error:
+            self._engine_grace_s = 0
+            ending = Ending(128 + signal.SIGINT, str(error))
+        except Exception as error:  # noqa: BLE001 - whatever it is, nothing may stay behind
+            ending = Ending(report_error(self._run, ROLE, 0, error), str(error))
+        self._codes = {name: step.poll() for name, step in self._steps.items()}
+        self._stop_all(services)
+        return ending
+
+    def _publish(self, attempt: Attempt, services: Services) -> None:
+        create_secret(self._run)
+        assert services.control.endpoint
+        assert services.mooncake.endpoint
+        Endpoints(
+            run_id=self._run.run_id,
+            attempt=attempt.number,
+            control=services.control.endpoint,
+            mooncake_master=services.mooncake.endpoint,
+            addresses=self._launcher.addresses,
+        ).write(self._run)
+
+    def _act_on_signals(self) -> float | None:
+        """Passes requests to stop on to the trainers.
+
+        Returns:
+            When (monotonic seconds) they were first asked; None: not yet.
+
+        Raises:
+            Interrupted: By a second Ctrl-C.
+        """
+        for number in self._inbox.take():
+            if number is signal.SIGINT and self._stop_asked_at is not None:
+                raise Interrupted("interrupted twice: everything was killed")
+            self._ask_to_stop(number)
+            if number is signal.SIGTERM:
+                self._act_on_fate(self._launcher.fate())
+        if self._stop_asked_at is None and self._run.stop.exists():
+            # a shepherd of the trainers wrote it: steps are signalled without us at preemption
+            _logger.info("the trainers were asked to stop")
+            self._stop_asked_at = time.monotonic()
+        return self._stop_asked_at
+
+    def _ask_to_stop(self, number: signal.Signals) -> None:
+        if self._stop_asked_at is not None:
+            return
+        self._stop_asked_at = time.monotonic()
+        _logger.info(
+            "%s: asking the trainers for a checkpoint, for %.0f s at most%s",
+            number.name,
+            self._config.control.stop_grace_s,
+            "; again to kill everything" if number is signal.SIGINT else "",
+        )
+        write_atomic(self._run.stop, {"reason": number.name, "time": time.time()})
+
+    def _act_on_fate(self, fate: JobFate) -> None:
+        _logger.info("%s", fate.value)
+        if fate is JobFate.TIME_LIMIT:
+            self._history.end(EXIT_REQUEUE, "time limit")
+            verdict = decide(EXIT_REQUEUE, self._history.attempts, self._rules)
+            if verdict.requeue:
+                self._requeue()
+
+    def _stop_all(self, services: Services) -> None:
+        """Ends what still runs; trainers that have not ended by now have nothing to save."""
+        if (training := self._steps.get(TRAINING)) is not None:
+            training.kill()
+        if (inference := self._steps.get(INFERENCE)) is not None:
+            inference.interrupt(self._engine_grace_s)
+        services.stop()
+
+    def _conclude(self, attempt: Attempt, ending: Ending) -> int:
+        """Records how the attempt ended, and requeues where that is due."""
+        self._history.end(ending.exit_code, ending.message)
+        verdict = self._verdict(ending)
+        level = logging.INFO if ending.exit_code in (EXIT_DONE, EXIT_REQUEUE) else logging.ERROR
+        _logger.log(level, "%s", ending.message)
+        write_atomic(
+            self._run.exit_codes,
+            {
+                "attempt": attempt.number,
+                "exit_code": ending.exit_code,
+                "message": ending.message,
+                "reason": verdict.reason,
+                "codes": self._codes,
+            },
+        )
+        if verdict.requeue:
+            _logger.info("requeue: %s", verdict.reason)
+            self._requeue()
+        elif verdict.reason:
+            _logger.info("no requeue: %s", verdict.reason)
+        if ending.exit_code != EXIT_DONE and not self._requeued:
+            _logger.info("to go on: %s", self._launcher.how_to_continue())
+        return ending.exit_code
+
+    def _verdict(self, ending: Ending) -> Verdict:
+        if self._requeued:
+            return Verdict(False, "done already, at the time limit")
+        verdict = decide(ending.exit_code, self._history.attempts, self._rules)
+        if verdict.requeue:
+            fate = self._launcher.fate()
+            if fate not in (JobFate.RUNNING, JobFate.TIME_LIMIT):
+                self._requeued = fate is JobFate.REQUEUED
+                return Verdict(False, fate.value)
+        return verdict
+
+    def _requeue(self) -> None:
+        try:
+            self._launcher.requeue()
+        except TorchspecError as error:
+            _logger.error("%s", error)
+        else:
+            self._requeued = True
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the batch script, and of tests without Slurm."""
+    parser = argparse.ArgumentParser(description="Supervises one attempt of a run.")
+    parser.add_argument("--run-dir", required=True, type=Path, help="the run's directory")
+    run = RunDir(parser.parse_args(argv).run_dir)
+    try:
+        config = load_config(run.config)
+        if config.cluster == "local":
+            from torchspec_hpc.slurm.local import run_local  # it imports this module
+
+            return run_local(run)
+        return Supervisor(run, config, SlurmLauncher(run, config, os.environ)).run()
+    except TorchspecError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_CRASH
+
+
+if __name__ == "__main__":
+    sys.exit(main())
