@@ -16,7 +16,6 @@ from torchspec_hpc.transfer.control import ControlClient
 from torchspec_hpc.transfer.store import HiddenStateStore
 
 MiB = 1024**2
-OpenStore = Callable[..., HiddenStateStore]
 
 
 @pytest.fixture(scope="session")
@@ -48,26 +47,40 @@ def connect(control_service: Service) -> Iterator[Callable[[], ControlClient]]:
         client.close()
 
 
-@pytest.fixture
-def open_store(master: Service) -> Iterator[OpenStore]:
-    """Opens stores that are closed after the test."""
+@pytest.fixture(scope="session")
+def open_stores(master: Service) -> Iterator[tuple[HiddenStateStore, HiddenStateStore]]:
     with ExitStack() as stack:
-
-        def open_store(
-            segment_mib: int = 0, *, endpoint: str = master.endpoint, **settings: float
-        ) -> HiddenStateStore:
-            store = HiddenStateStore.open(
-                mooncake_config(**settings),
-                local_endpoints("127.0.0.1:1", endpoint),
-                segment_bytes=segment_mib * MiB,
-                deadline_s=5,
-            )
+        pair = open_store(master, 32), open_store(master)
+        for store in pair:
             stack.callback(store.close)
-            return store
-
-        yield open_store
+        yield pair
 
 
-def mooncake_config(**settings: float) -> MooncakeConfig:
-    defaults = {"global_segment_size": 32 * MiB, "local_buffer_size": 16 * MiB}
-    return MooncakeConfig(**{**defaults, **settings})
+@pytest.fixture
+def trainer(open_stores: tuple[HiddenStateStore, HiddenStateStore]) -> Iterator[HiddenStateStore]:
+    """A trainer's store with an empty segment of 32 MiB; closing one takes a second."""
+    yield open_stores[0]
+    open_stores[0]._client.remove_all(True)
+
+
+@pytest.fixture
+def engine(open_stores: tuple[HiddenStateStore, HiddenStateStore]) -> HiddenStateStore:
+    """An engine's store: no segment of its own."""
+    return open_stores[1]
+
+
+def open_store(master: Service, segment_mib: int = 0, deadline_s: float = 5.0) -> HiddenStateStore:
+    return HiddenStateStore.open(
+        mooncake_config(),
+        local_endpoints("127.0.0.1:1", master.endpoint),
+        segment_bytes=segment_mib * MiB,
+        deadline_s=deadline_s,
+    )
+
+
+def mooncake_config(put_deadline_s: float = 20.0) -> MooncakeConfig:
+    return MooncakeConfig(
+        global_segment_size=32 * MiB,
+        local_buffer_size=16 * MiB,
+        put_deadline_s=put_deadline_s,
+    )

@@ -69,7 +69,8 @@ class HiddenStateStore:
         self._closed = False
         self._num_calls = 0
         self._idle = threading.Condition()
-        self._registered: dict[int, int] = {}  # address -> end
+        # by address; also keeps the memory alive as long as the transport may touch it
+        self._registered: dict[int, torch.Tensor] = {}
 
     @classmethod
     def open(
@@ -177,16 +178,15 @@ class HiddenStateStore:
             code = client.register_buffer(pointer, num_bytes)
         if code != _OK:
             raise self._error(code, f"register a buffer of {num_bytes} bytes")
-        self._registered[pointer] = pointer + num_bytes
+        self._registered[pointer] = buffer
 
     def unregister(self, buffer: torch.Tensor) -> None:
         """Takes back :meth:`register`."""
-        pointer, _ = _memory_of(buffer)
-        del self._registered[pointer]
         with self._calling() as client:
-            code = client.unregister_buffer(pointer)
+            code = client.unregister_buffer(buffer.data_ptr())
         if code != _OK:
             raise self._error(code, "unregister a buffer")
+        del self._registered[buffer.data_ptr()]
 
     def close(self) -> None:
         """Waits for the calls under way, then leaves; objects in this segment are lost."""
@@ -196,6 +196,7 @@ class HiddenStateStore:
             self._closed = True
             self._idle.wait_for(lambda: self._num_calls == 0)
         self._client.close()
+        self._registered.clear()
 
     @contextmanager
     def _calling(self) -> Iterator[Any]:
@@ -214,9 +215,9 @@ class HiddenStateStore:
     @contextmanager
     def _known(self, tensor: torch.Tensor) -> Iterator[None]:
         """Registers memory for one call, unless it is a part of what is registered."""
-        pointer, num_bytes = _memory_of(tensor)
-        end = pointer + num_bytes
-        if any(a <= pointer and end <= b for a, b in list(self._registered.items())):
+        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        buffers = list(self._registered.items())
+        if any(at <= start and end <= at + buffer.nbytes for at, buffer in buffers):
             yield
             return
         self.register(tensor)
