@@ -33,6 +33,7 @@ _DAEMONS = ("munged", "slurmctld", "slurmd", "slurmstepd", "slurmscriptd")
 ENDED = frozenset(
     {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL"}
 )
+_ENDING = ("COMPLETING", "REQUEUED")
 
 
 def missing_programs() -> list[str]:
@@ -144,16 +145,21 @@ class Cluster:
     def wait_restart(self, job_id: str, restarts: int, timeout_s: float = 60) -> None:
         """Waits until a requeued job runs again, without Slurm's usual delay."""
 
-        def restarted() -> bool:
+        def requeued() -> bool:
             info = self.job(job_id)
-            if int(info["Restarts"]) < restarts:
-                return False
-            if info["JobState"] == "PENDING":  # it would wait for cred_expire, elsewhere 120 s
-                with suppress(RuntimeError):  # it started meanwhile
-                    self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
-            return info["JobState"] not in ("PENDING", "REQUEUED", "COMPLETING")
+            return int(info["Restarts"]) >= restarts and info["JobState"] not in _ENDING
 
-        wait_for(restarted, f"restart {restarts} of job {job_id}", timeout_s)
+        def started() -> bool:
+            for component in self.run("squeue", "-h", "-j", job_id, "-O", "JobID").split():
+                with suppress(RuntimeError):  # it started meanwhile
+                    self.run("scontrol", "update", f"JobId={component}", "StartTime=now")
+            return self.state(job_id) != "PENDING"
+
+        wait_for(requeued, f"restart {restarts} of job {job_id}", timeout_s)
+        # Slurm itself waits for cred_expire, 120 s elsewhere, and for a reason: credentials count
+        # in seconds, and what starts in the second in which it was killed fails at once
+        time.sleep(2)
+        wait_for(started, f"start of job {job_id}", timeout_s)
 
     def warn(self, job_id: str, signal: str = "USR1") -> None:
         """Imitates the warning of ``--signal=B:``, which really comes on a 30 s tick."""

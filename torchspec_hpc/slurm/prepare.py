@@ -48,10 +48,9 @@ class RunRecord:
     @classmethod
     def read(cls, run: RunDir) -> RunRecord | None:
         """None where the directory holds no run."""
-        try:
-            return cls(**json.loads(run.run_json.read_text(encoding="utf-8")))
-        except FileNotFoundError:
+        if not run.run_json.is_file():
             return None
+        return cls(**json.loads(run.run_json.read_text(encoding="utf-8")))
 
     def write(self, run: RunDir) -> None:
         """Replaces ``run.json``, whole or not at all."""

@@ -1,0 +1,187 @@
+"""Submission: the run directory, what is refused, and a real job in the queue."""
+
+from __future__ import annotations
+
+import json
+import pkgutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import torchspec_hpc.slurm
+from tests.slurm.cluster import Cluster
+from tests.slurm.configs import small_config, small_config_file
+from torchspec_hpc.config.load import load_config
+from torchspec_hpc.config.rundir import RunDir
+from torchspec_hpc.config.schema import Config
+from torchspec_hpc.errors import ConfigError, UserError
+from torchspec_hpc.slurm.prepare import RunRecord, check_allocation, prepare_run
+from torchspec_hpc.slurm.scheduler import find_jobs, job_info
+from torchspec_hpc.slurm.submit import submit
+
+
+def _held(folder: Path) -> Config:
+    """A run whose job stays in the queue, so that no supervisor starts."""
+    groups = {
+        "inference": {"partition": "infer", "mem": "200M", "extra": ["--hold"]},
+        "training": {"partition": "train", "mem": "300M", "gpu_type": None},
+    }
+    return small_config(folder, **groups)
+
+
+@pytest.mark.slurm
+def test_submit_resume_and_refusals(login_node: Cluster, tmp_path: Path) -> None:
+    submitted = submit(_held(tmp_path))
+    run, job_id = submitted.run, submitted.job_id
+    assert run.root == tmp_path / "small"
+    assert RunRecord.read(run) == RunRecord(run.run_id, "slurm", job_id)
+    assert find_jobs(comment=run.run_id) == [job_id]
+    assert job_info(job_id).state == "PENDING"
+    assert submitted.estimate is None or submitted.estimate.nodes
+    script = (run.attempt_dir(0) / "train_het.sbatch").read_text()
+    assert script.endswith(f"-u -m torchspec_hpc.slurm.supervisor --run-dir {run.root}\n")
+
+    with pytest.raises(UserError, match=r"small exists\n  next:.*--resume"):
+        submit(_held(tmp_path))
+    with pytest.raises(UserError, match=f"waits or runs as job {job_id}\n.*scancel {job_id}"):
+        submit(_held(tmp_path), resume=True)
+
+    submitted.job.cancel()
+    login_node.wait_state(job_id)
+    again = submit(_held(tmp_path), resume=True)
+    assert again.job_id != job_id
+    assert RunRecord.read(run) == RunRecord(run.run_id, "slurm", again.job_id)
+    assert len(json.loads(run.provenance.read_text())["starts"]) == 2
+    again.job.cancel()
+    login_node.wait_state(again.job_id)
+
+    run.done.touch()
+    with pytest.raises(UserError, match="is complete"):
+        submit(_held(tmp_path), resume=True)
+
+
+@pytest.mark.slurm
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"partition": "nowhere", "mem": "1G"}, "invalid partition specified: nowhere"),
+        ({"partition": "train", "mem": "900G"}, "node configuration is not available"),
+        (
+            {"partition": "train", "mem": "1G", "extra": ["--nodes=9"]},
+            "node configuration is not available",
+        ),
+        ({"partition": "train", "mem": "1G", "extra": ["--what=1"]}, "unrecognized option '--what"),
+    ],
+)
+def test_refused_by_slurm(
+    login_node: Cluster, tmp_path: Path, training: dict[str, object], message: str
+) -> None:
+    config = small_config(
+        tmp_path, inference={"partition": "infer", "mem": "1G"}, training=training
+    )
+    with pytest.raises(UserError, match=f"(?s)Slurm refuses the job: .*{message}.*next: "):
+        submit(config)
+    assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.slurm
+def test_launcher_reports_a_refusal(login_node: Cluster, tmp_path: Path) -> None:
+    config = small_config_file(tmp_path)
+    launcher = Path(__file__).parents[2] / "launchers" / "submit.py"
+    done = subprocess.run(
+        [sys.executable, launcher, config, "slurm.training.partition=nowhere"],
+        text=True,
+        capture_output=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: Slurm refuses the job: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_prepare_run(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    run = prepare_run(config)
+    assert load_config(run.config) == config
+    assert stat.S_IMODE(run.secret.stat().st_mode) == 0o600
+    assert len(bytes.fromhex(run.secret.read_text())) == 32
+    (start,) = json.loads(run.provenance.read_text())["starts"]
+    assert start["versions"]["torchspec_hpc"] == torchspec_hpc.__version__
+    assert start["argv"] == sys.argv
+    assert run.job.is_dir()
+
+    with pytest.raises(UserError, match="exists"):
+        prepare_run(config)
+    secret = run.secret.read_text()
+    prepare_run(config, resume=True)
+    assert run.secret.read_text() == secret
+
+
+def test_prepare_run_again_for_the_same_job(tmp_path: Path) -> None:
+    config = small_config(tmp_path)
+    run = prepare_run(config, job="12")
+    before = run.provenance.read_text()
+    assert prepare_run(config, job="12").root == run.root
+    assert run.provenance.read_text() == before
+    with pytest.raises(UserError, match="exists"):
+        prepare_run(config, job="13")
+    prepare_run(config, job="13", resume=True)
+    assert RunRecord.read(run) == RunRecord(run.run_id, "slurm", "13")
+
+
+def test_resume_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no run to resume"):
+        prepare_run(small_config(tmp_path), resume=True)
+
+
+def test_unwritable_output(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write the run directory"):
+        prepare_run(small_config(tmp_path / "file"))
+
+
+def test_local_configuration_is_not_submitted(tmp_path: Path) -> None:
+    config = small_config(tmp_path).model_copy(update={"cluster": "local"})
+    with pytest.raises(ConfigError, match="cluster=slurm"):
+        submit(config)
+
+
+def test_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"no squeue on this machine\n.*login node"):
+        submit(small_config(tmp_path / "runs"))
+
+
+def test_allocation_must_fit(tmp_path: Path) -> None:
+    environ = {
+        "SLURM_HET_SIZE": "2",
+        "SLURM_JOB_ID_HET_GROUP_0": "4",
+        "SLURM_JOB_PARTITION_HET_GROUP_0": "infer",
+        "SLURM_JOB_NODELIST_HET_GROUP_0": "infer0",
+        "SLURM_JOB_ID_HET_GROUP_1": "5",
+        "SLURM_JOB_PARTITION_HET_GROUP_1": "train",
+        "SLURM_JOB_NODELIST_HET_GROUP_1": "train[0-1]",
+    }
+    check_allocation(small_config(tmp_path), environ)
+    environ["SLURM_JOB_NODELIST_HET_GROUP_1"] = "train1"
+    message = "component 1 of the job has 1 nodes, training.training_num_nodes asks for 2"
+    with pytest.raises(ConfigError, match=message):
+        check_allocation(small_config(tmp_path), environ)
+
+
+def test_never_imports_torch() -> None:
+    """The login node must answer in a fraction of a second."""
+    names = [m.name for m in pkgutil.iter_modules(torchspec_hpc.slurm.__path__)]
+    assert "submit" in names
+    code = f"import sys; from torchspec_hpc.slurm import {', '.join(names)}\n"
+    code += "print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+def test_run_id_depends_on_the_path(tmp_path: Path) -> None:
+    assert RunDir(tmp_path / "a" / "run").run_id != RunDir(tmp_path / "b" / "run").run_id
+    assert RunDir(tmp_path / "run").run_id.startswith("run-")
