@@ -55,7 +55,9 @@ class DatasetConfig(Section):
     prompt_key: str | None = Field(
         None, description="Column of the turns; null: conversations or messages, what is there."
     )
-    last_turn_loss_only: bool | Literal["auto"] = False
+    last_turn_loss_only: bool | Literal["auto"] = Field(
+        False, description="auto: true if the chat template shows earlier answers changed."
+    )
     min_loss_tokens: int = Field(1, ge=1, description="Rows with fewer supervised tokens are out.")
     max_rejected_share: float = Field(
         0.1, ge=0, le=1, description="More bad rows than this share end the run."
