@@ -196,6 +196,14 @@ def test_a_template_without_end_of_turn_is_warned_about(caplog: pytest.LogCaptur
     assert "will not learn to stop" in caplog.text
 
 
+def test_white_space_among_the_added_tokens_ends_no_turn() -> None:
+    """Gemma's newlines are added tokens."""
+    tokenizer = byte_tokenizer(CHATML.replace("<|im_end|>", "\\n<|im_end|>"))
+    tokenizer.add_tokens(["\n", "\n\n"])
+    encoder = ChatEncoder(tokenizer, False)
+    assert supervised(encoder, CHAT) == [text + "\n<|im_end|>" for text in ANSWERS]
+
+
 def test_the_fingerprint_knows_template_tokenizer_and_mode() -> None:
     tokenizers = [byte_tokenizer(), byte_tokenizer(templates.LLAMA3), byte_tokenizer()]
     tokenizers[2].add_tokens(["<extra>"])

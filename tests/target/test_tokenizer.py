@@ -69,6 +69,13 @@ def test_a_directory_without_a_tokenizer(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+@pytest.mark.parametrize("content", ["garbage", "{}", '{"version": "1.0", "added_tokens": []}'])
+def test_a_broken_tokenizer_file(folder: Path, content: str) -> None:
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(ConfigError, match=f"cannot load a tokenizer from {folder}: "):
+        load(folder)
+
+
 def test_a_hub_id_that_cannot_be_had() -> None:
     with pytest.raises(ConfigError, match="cannot load a tokenizer from no-such-org/no-such-model"):
         load("no-such-org/no-such-model")

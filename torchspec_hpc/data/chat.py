@@ -167,10 +167,12 @@ class ChatTemplate:
                 f"the generation prompt {prompt!r} and the answer {answer['content']!r} do not "
                 f"follow each other in {text!r}"
             )
-        specials = [str(token) for token in self._tokenizer.added_tokens_decoder.values()]
-        ends = [tail.find(token) + len(token) for token in specials if token in tail]
-        if ends:
-            return lead, tail[: min(ends)]
+        added = [str(token) for token in self._tokenizer.added_tokens_decoder.values()]
+        # Gemma's newlines are added tokens, too; of two that begin together the longer counts
+        found_ends = [(tail.find(t), -len(t)) for t in added if t.strip() and t in tail]
+        if found_ends:
+            start, negative_length = min(found_ends)
+            return lead, tail[: start - negative_length]
         if tail.strip() and not self.has_blocks:
             raise unusable(f"no end-of-turn token follows the answer, but {tail!r}")
         logger.warning("the chat template ends no answer: the draft will not learn to stop")
@@ -206,5 +208,5 @@ def _refusals() -> Iterator[None]:
         yield
     except jinja2.TemplateSyntaxError:
         raise  # no conversation is at fault
-    except (jinja2.TemplateError, TypeError, ValueError) as error:
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise BadRow(f"chat template refuses it: {error}") from error

@@ -82,7 +82,8 @@ class DatasetReport:
         first = {item.kind: item for item in reversed(self.rejected)}
         lines = ["    rows  first at  reason"]
         for kind, count in list(self._kinds().items())[:max_kinds]:
-            lines.append(f"{count:8d}  {first[kind].line:8d}  {first[kind].reason}")
+            reason = " ".join(first[kind].reason.split())
+            lines.append(f"{count:8d}  {first[kind].line:8d}  {reason:.300}")
         if (more := len(first) - max_kinds) > 0:
             lines.append(f"          and {more} more reasons")
         return "\n".join(lines)

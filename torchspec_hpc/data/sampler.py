@@ -38,7 +38,7 @@ class Sampler:
         return int(_permutation(self.num_samples, self.seed, epoch)[offset])
 
 
-@lru_cache(maxsize=4)  # training and evaluation, each across the border of two epochs
+@lru_cache(maxsize=2)  # prefetching crosses the border of two epochs
 def _permutation(num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """Order of one epoch.
 

@@ -36,9 +36,9 @@ def load_tokenizer(model: ModelConfig, chat_template: str | None) -> PreTrainedT
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises just that for a file it cannot read
         raise ConfigError(
-            f"cannot load a tokenizer from {path}: {error}",
+            f"cannot load a tokenizer from {path}: {type(error).__name__}: {error}",
             allowed="a directory with tokenizer.json, or a hub id",
             hint="check model.target_model_path (and trust_remote_code, if the model needs it)",
         ) from error
