@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import read_jsonl
+from tests.helpers import conversations, read_jsonl, write_jsonl
 from tests.services import SECRET, control_server, local_endpoints, mooncake_master
 from tests.training.producer import Producer, producer
 from torchspec_hpc.config import RunDir, parse_config, save_config
@@ -84,15 +84,22 @@ def make_run(
     engine: Producer,
 ) -> Iterator[MakeRun]:
     """Makes runs of 8 steps of 4 samples; keyword arguments are settings of `training`."""
+    held_out = write_jsonl(tmp_path / "held_out.jsonl", conversations(5))
 
-    def make(name: str, data: Path = tiny_conversations, **training: object) -> Run:
+    def make(
+        name: str, data: Path = tiny_conversations, evaluate: bool = False, **training: object
+    ) -> Run:
         run = RunDir(tmp_path / name)
         run.create()
         write_atomic(run.secret, SECRET.hex() + "\n", mode=0o600)
         raw = {
             "output_dir": str(tmp_path),
             "model": {"target_model_path": str(tiny_target), "draft_vocab_size": 128},
-            "dataset": {"train_data_path": str(data)},
+            "dataset": {
+                "train_data_path": str(data),
+                "eval_data_path": str(held_out) if evaluate else None,
+                "eval_interval": 3 if evaluate else 0,
+            },
             "training": {
                 "device": "cpu",
                 "compute_dtype": "float32",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -16,90 +17,76 @@ from torchspec_hpc.transfer.messages import Request
 pytestmark = pytest.mark.slow
 
 
-def stop_when_asked_for(run: Run, position: int):
+def stop_once_asked_for(run: Run, position: int, engine: Producer) -> None:
     """Asks the run to stop once some trainer wants this position of the stream."""
 
     def on_request(request: Request) -> None:
         if request.ticket == f"train-{position}":
             run.dir.stop.write_text('{"reason": "test"}')
 
-    return on_request
+    engine.on_request = on_request
 
 
-@pytest.mark.parametrize(
-    ("num_ranks", "settings"),
-    [
-        (1, {"micro_batch_size": 2, "draft_accumulation_steps": 2}),
-        (2, {"draft_accumulation_steps": 2}),
-        (2, {"micro_batch_size": 2, "fsdp_strategy": "replicate", "compute_dtype": "bfloat16"}),
-    ],
-    ids=["1 rank", "2 ranks", "2 ranks replicate bf16"],
-)
-def test_a_stopped_run_goes_on_exactly(
-    make_run: MakeRun, engine: Producer, num_ranks: int, settings: dict[str, object]
-):
-    straight, stopped = make_run("straight", **settings), make_run("stopped", **settings)
-    assert straight.train(num_ranks) == 0
-    engine.on_request = stop_when_asked_for(stopped, 14)
-    assert stopped.train(num_ranks) == 85
-    at = len(stopped.records())
-    assert 2 <= at <= 5
+def test_a_stopped_run_goes_on_exactly(make_run: MakeRun, engine: Producer):
+    settings = {"micro_batch_size": 2, "draft_accumulation_steps": 2}
+    straight = make_run("straight", save_interval=3, max_checkpoints=2, evaluate=True, **settings)
+    assert straight.train() == 0
+    names = sorted(path.name for path in straight.dir.checkpoints.iterdir())
+    assert names == ["latest", "step_6", "step_8"]
+    records = straight.records()
+    assert records[-1]["train/loss"] < records[0]["train/loss"]
+    assert [r["step"] for r in records if "eval/accept_len" in r] == [3, 6, 8]
+
+    stopped = make_run("stopped", evaluate=True, **settings)
+    stop_once_asked_for(stopped, 14, engine)
+    assert stopped.train() == 85
+    assert 2 <= len(stopped.records()) <= 5
     assert not stopped.dir.done.exists()
     stopped.dir.stop.unlink()
-    assert stopped.train(num_ranks) == 0
+    assert stopped.train() == 0
     assert stopped.dir.done.exists()
-
-    assert [record["step"] for record in stopped.records()] == list(range(1, 9))
-    assert stopped.learning() == straight.learning()  # every float, to the last bit
-    expected, found = read_checkpoint(straight.dir.root), read_checkpoint(stopped.dir.root)
-    assert found.meta["step"] == 8
-    assert found.meta["cursor"] == 32
-    assert found.tensors.keys() == expected.tensors.keys()
-    for name, tensor in expected.tensors.items():
-        assert torch.equal(tensor, found.tensors[name]), name
+    assert_same_run(stopped, straight)
     board = EventAccumulator(str(stopped.dir.tensorboard)).Reload()
     assert [event.step for event in board.Scalars("train/loss")] == list(range(1, 9))
-    assert straight.records()[-1]["train/loss"] < straight.records()[0]["train/loss"]
+
+    # a new run from a checkpoint of this one
+    load_path = str(straight.dir.checkpoints / "step_6")
+    loaded = make_run("loaded", load_path=load_path, evaluate=True, **settings)
+    assert loaded.train() == 0
+    assert loaded.learning() == straight.learning()[6:]
 
 
-def test_another_number_of_ranks_goes_on_with_the_same_samples(make_run: MakeRun, engine: Producer):
-    straight = make_run("straight", draft_accumulation_steps=4)
-    assert straight.train() == 0
+def test_two_ranks_go_on_exactly_and_one_rank_with_the_same_samples(
+    make_run: MakeRun, engine: Producer
+):
+    straight = make_run("straight", draft_accumulation_steps=2)
+    assert straight.train(num_ranks=2) == 0
     stopped = make_run("stopped", draft_accumulation_steps=2)
-    engine.on_request = stop_when_asked_for(stopped, 14)
+    stop_once_asked_for(stopped, 14, engine)
     assert stopped.train(num_ranks=2) == 85
     stopped.dir.stop.unlink()
-    (stopped.dir.root / "config.yaml").write_text(straight.dir.config.read_text())
-    assert stopped.train(num_ranks=1) == 0
-    for found, expected in zip(stopped.records(), straight.records(), strict=True):
+    alone = make_run("alone", draft_accumulation_steps=4)
+    config = alone.dir.config.read_text()
+    shutil.copytree(stopped.dir.root, alone.dir.root, symlinks=True, dirs_exist_ok=True)
+    alone.dir.config.write_text(config)
+
+    assert stopped.train(num_ranks=2) == 0
+    assert_same_run(stopped, straight)
+    assert alone.train(num_ranks=1) == 0
+    for found, expected in zip(alone.records(), straight.records(), strict=True):
         for tag in ("train/loss", "train/accept_len", "train/lr", "train/epoch"):
             assert found[tag] == pytest.approx(expected[tag], rel=1e-4), tag
 
 
-def test_checkpoints_are_kept_and_loaded(make_run: MakeRun):
-    first = make_run("first", save_interval=2, max_checkpoints=2, num_train_steps=5)
-    assert first.train() == 0
-    names = sorted(path.name for path in first.dir.checkpoints.iterdir())
-    assert names == ["latest", "step_4", "step_5"]
-
-    full = make_run("full", load_path=str(first.dir.checkpoints / "step_4"), num_train_steps=5)
-    assert full.train() == 0
-    assert full.learning() == first.learning()[4:]
-
-    weights = make_run(
-        "weights",
-        load_path=str(first.dir.checkpoints / "step_5"),
-        continual_training=True,
-        seed=1,
-        num_train_steps=2,
-    )
-    assert weights.train() == 0
-    assert [record["step"] for record in weights.records()] == [1, 2]
-    assert weights.records()[0]["train/loss"] < first.records()[0]["train/loss"]
-
-    other = make_run("other", load_path=str(first.dir.checkpoints / "step_5"), seed=1)
-    assert other.train() == 2
-    assert "belongs to another stream: seed 0 there, 1 here" in other.errors()["training_0.json"]
+def assert_same_run(found: Run, expected: Run) -> None:
+    """Metrics and parameters, to the last bit."""
+    assert [record["step"] for record in found.records()] == list(range(1, 9))
+    assert found.learning() == expected.learning()
+    ours, theirs = read_checkpoint(found.dir.root), read_checkpoint(expected.dir.root)
+    assert (ours.meta["step"], ours.meta["cursor"]) == (8, 32)
+    assert ours.tensors.keys() == theirs.tensors.keys()
+    for name, tensor in theirs.tensors.items():
+        assert torch.equal(tensor, ours.tensors[name]), name
 
 
 def test_one_message_for_an_error_of_one_rank(make_run: MakeRun, engine: Producer):

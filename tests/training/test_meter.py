@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.services import SECRET, control_server
+from torchspec_hpc.training.meter import TAGS, Costs, EngineMonitor, Meter
+from torchspec_hpc.training.parallel import World
+from torchspec_hpc.training.step import StepResult
+from torchspec_hpc.transfer.control import ControlClient
+
+
+@pytest.fixture
+def meter() -> Iterator[Meter]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield Meter(World(0, 1, 0, torch.device("cpu")), [1.0, 0.5, 0.25])
+    dist.destroy_process_group()
+
+
+# cross entropy, correct, scored, trained; nothing is long enough for the third TTT step
+SUMS = torch.tensor([[8.0, 9.0, 0.0], [5, 2, 0], [10, 8, 0], [4, 3, 0]], dtype=torch.float64)
+
+
+def test_numbers_of_a_step(meter: Meter):
+    costs = Costs(num_tokens=100, num_bytes=4000, num_retries=1, wait_s=0.5, step_s=2.0)
+    values = meter.measure(StepResult(SUMS, 0.25, applied=True, flagged=False), costs)
+    assert values == pytest.approx(
+        {
+            "train/loss": 2.0 + 0.5 * 3.0,
+            "train/loss_step_0": 2.0,
+            "train/loss_step_1": 3.0,
+            "train/acc_step_0": 0.5,
+            "train/acc_step_1": 0.25,
+            "train/accept_len": 1 + 0.5 + 0.5 * 0.25,
+            "train/grad_norm": 0.25,
+            "throughput/tokens_per_s": 50.0,
+            "throughput/train_tokens_per_s": 100 / 1.5,
+            "throughput/step_s": 2.0,
+            "throughput/wait_share": 0.25,
+            "transfer/bytes_per_s": 2000.0,
+            "transfer/bytes_per_token": 40.0,
+            "transfer/retries": 1.0,
+        }
+    )
+    described = {tag.replace("<i>", i) for tag in TAGS for i in "012"}
+    assert values.keys() <= described
+
+
+def test_numbers_of_an_evaluation(meter: Meter):
+    values = meter.evaluate(SUMS)
+    assert values["eval/accept_len"] == pytest.approx(1.625)
+    assert "eval/acc_step_2" not in values
+
+
+def test_engines_are_as_fast_as_between_their_heartbeats():
+    with control_server() as server:
+        control = ControlClient(server.endpoint, SECRET, timeout_s=10)
+        monitor = EngineMonitor(control, stale_s=60)
+        assert monitor.read()["throughput/inference_tokens_per_s"] == 0
+
+        def beat(rank: int, tokens: int, busy_s: float) -> float:
+            control.heartbeat("inference", rank, {"tokens": tokens, "busy_s": busy_s})
+            return monitor.read()["throughput/inference_tokens_per_s"]
+
+        assert beat(0, 100, 2.0) == 50
+        assert beat(1, 100, 4.0) == 75
+        assert beat(0, 400, 3.0) == 325
+        assert beat(0, 400, 3.0) == 325  # idle: as fast as it was
+        assert beat(0, 10, 1.0) == 325  # started again
+        assert beat(0, 40, 2.0) == 55
+        assert set(monitor.read()) <= set(TAGS)
+        control.close()
