@@ -180,7 +180,6 @@ def test_hub_id_in_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         ({"hidden_size": "absent"}, "no hidden_size"),
         ({"vocab_size": "many"}, "vocab_size = 'many' is no positive integer"),
         ({"num_hidden_layers": 0}, "num_hidden_layers = 0"),
-        ({"model_type": "gemma2"}, "Gemma"),
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
         ({"logits_scaling": 8.0}, "logits_scaling = 8.0"),
     ],

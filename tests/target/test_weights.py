@@ -9,8 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from torchspec_hpc.config.schema import ModelConfig
+from torchspec_hpc.drafts.target_head import TargetHead
 from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.target.spec import TargetSpec
 from torchspec_hpc.target.weights import TargetTensors, load_target_tensors
@@ -69,7 +72,8 @@ def test_shards_of_other_tensors_are_not_opened(tmp_path: Path) -> None:
     index = {"metadata": {}, "weight_map": weight_map}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     found = load(tmp_path, dtype=torch.bfloat16)
-    assert found.lm_head.dtype == found.norm.dtype == found.embedding.dtype == torch.bfloat16
+    assert found.lm_head.dtype == found.embedding.dtype == torch.bfloat16
+    assert found.norm.dtype == torch.float32  # norms are computed in float32
     assert torch.equal(found.lm_head, stored[HEAD].bfloat16())
 
     (tmp_path / weight_map[NORM]).unlink()
@@ -84,6 +88,19 @@ def test_what_transformers_writes(tiny_target: Path) -> None:
     )
     assert found.embedding.shape == found.lm_head.shape == (512, 64)
     assert found.norm.shape == (64,)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_final_norm_is_that_of_the_model(tmp_path: Path, model_type: str) -> None:
+    stored = tensors()
+    spec = TargetSpec.from_dict("target", SHAPE | {"model_type": model_type})
+    model = ModelConfig(target_model_path=str(write(tmp_path, stored)))
+    found = load_target_tensors(model, spec, torch.float32)
+    norm = {"llama": LlamaRMSNorm, "gemma2": Gemma2RMSNorm}[model_type](H, eps=1e-6)
+    norm.weight.data = stored[NORM]
+    y = torch.randn(5, H)
+    head = TargetHead(found.norm, found.lm_head, spec.rms_norm_eps)
+    torch.testing.assert_close(head(y), norm(y) @ stored[HEAD].T)
 
 
 def test_tied_head(tmp_path: Path) -> None:

@@ -13,6 +13,18 @@ from torchspec_hpc.target.files import model_file
 
 #: transformers' default where a configuration names no ``rope_theta``.
 DEFAULT_ROPE_THETA = 10000.0
+#: Models of transformers whose final RMSNorm multiplies by 1 + weight.
+_NORMS_AROUND_ONE = (
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "minimax_m3_vl_text",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
+    "qwen3_next",
+    "step3p5",
+    "vaultgemma",
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +51,7 @@ class TargetSpec:
         dtype: Of the stored weights, e.g. ``bfloat16``.
         bos_token_id: None if the model has none.
         eos_token_ids: Empty if the model has none.
+        norm_offset: The final norm multiplies by this plus the stored weight.
     """
 
     path: str
@@ -58,6 +71,7 @@ class TargetSpec:
     dtype: str
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    norm_offset: float = 0.0
 
     @classmethod
     def from_path(cls, path: str) -> TargetSpec:
@@ -102,6 +116,7 @@ class TargetSpec:
             dtype=str(text.get("dtype") or text.get("torch_dtype") or "float32"),
             bos_token_id=text.get("bos_token_id"),
             eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+            norm_offset=1.0 if text.get("model_type") in _NORMS_AROUND_ONE else 0.0,
         )
 
     def aux_layers(self, configured: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -187,11 +202,6 @@ def read_rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _reject_unsupported_head(text: _Keys) -> None:
     """The trainer computes ``lm_head(rms_norm(h))``; some models do more than that."""
-    if str(text.get("model_type", "")).startswith("gemma"):
-        raise ConfigError(
-            f"{text.path} is a Gemma model: its norms multiply by 1 + weight",
-            allowed="targets whose logits are lm_head(rms_norm(h)) with a plain RMSNorm",
-        )
     neutral = {"final_logit_softcapping": None, "logit_scale": 1, "logits_scaling": 1}
     for key, plain in neutral.items():
         if (value := text.get(key, plain)) != plain:

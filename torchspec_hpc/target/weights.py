@@ -31,7 +31,7 @@ class TargetTensors:
 
     Attributes:
         embedding: [V, H].
-        norm: [H], weight of the final RMSNorm.
+        norm: [H], what the final RMSNorm multiplies by; float32 or better.
         lm_head: [V, H]; the same object as ``embedding`` if the target ties them.
     """
 
@@ -46,7 +46,7 @@ def load_target_tensors(model: ModelConfig, spec: TargetSpec, dtype: torch.dtype
     Args:
         model: Names the model and the three keys.
         spec: The model's shape, checked against what is found.
-        dtype: Of the result.
+        dtype: Of embedding and head.
 
     Raises:
         ConfigError: No safetensors, a key is missing, or a shape or dtype is unusable.
@@ -54,14 +54,12 @@ def load_target_tensors(model: ModelConfig, spec: TargetSpec, dtype: torch.dtype
     checkpoint = _Checkpoint(model.target_model_path)
     v, h = spec.vocab_size, spec.hidden_size
 
-    def load(key: str, setting: str, shape: tuple[int, ...]) -> Tensor:
-        return checkpoint.load(key, setting, shape).to(dtype)
-
-    embedding = load(model.embedding_key, "model.embedding_key", (v, h))
-    norm = load(model.norm_key, "model.norm_key", (h,))
+    embedding = checkpoint.load(model.embedding_key, "model.embedding_key", (v, h)).to(dtype)
+    norm = checkpoint.load(model.norm_key, "model.norm_key", (h,))
+    norm = norm.to(torch.promote_types(dtype, torch.float32)) + spec.norm_offset
     if spec.tie_word_embeddings and model.lm_head_key not in checkpoint.keys:
         return TargetTensors(embedding, norm, embedding)
-    lm_head = load(model.lm_head_key, "model.lm_head_key", (v, h))
+    lm_head = checkpoint.load(model.lm_head_key, "model.lm_head_key", (v, h)).to(dtype)
     if spec.tie_word_embeddings:
         if not torch.equal(lm_head, embedding):
             raise ConfigError(

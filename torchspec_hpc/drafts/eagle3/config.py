@@ -73,6 +73,10 @@ class Eagle3Config:
     hidden_act: str = "silu"
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and not (type(value) is int and value >= 1):
+                raise ConfigError(f"draft: {field.name} = {value!r} is no positive integer")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"draft: num_attention_heads = {self.num_attention_heads} is no multiple of "
@@ -80,7 +84,7 @@ class Eagle3Config:
             )
         if self.head_dim % 2:
             raise ConfigError(f"draft: head_dim = {self.head_dim} is odd: RoPE rotates pairs")
-        if not 1 <= self.draft_vocab_size <= self.vocab_size:
+        if self.draft_vocab_size > self.vocab_size:
             raise ConfigError(
                 f"model.draft_vocab_size = {self.draft_vocab_size}",
                 allowed=f"1 to {self.vocab_size}, the target's vocabulary",
