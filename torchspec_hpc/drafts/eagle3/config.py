@@ -22,6 +22,16 @@ SHAPE_KEYS = (
 )
 #: Rotary kinds that the engines' Llama drafts and transformers' Llama agree on.
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "draft_vocab_size",
+    "max_position_embeddings",
+)
 _ROPE_KEYS = ("rope_parameters", "rope_theta", "rope_scaling")
 #: Keys of a Hugging Face configuration that say nothing about the draft's computation.
 _WITHOUT_EFFECT = (
@@ -73,10 +83,10 @@ class Eagle3Config:
     hidden_act: str = "silu"
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and not (type(value) is int and value >= 1):
-                raise ConfigError(f"draft: {field.name} = {value!r} is no positive integer")
+        for name in _SIZES:
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= 1):
+                raise ConfigError(f"draft: {name} = {value!r} is no positive integer")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"draft: num_attention_heads = {self.num_attention_heads} is no multiple of "
