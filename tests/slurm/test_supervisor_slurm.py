@@ -66,7 +66,7 @@ def test_the_warning_requeues_and_no_step_is_lost(patient: Cluster, tmp_path: Pa
     patient.wait_restart(job, 1)
     finish(patient, job, run)
     assert run.steps() == list(range(1, 41))
-    assert "requeue: stopped as asked" in run.supervisor_logs()
+    assert "requeue: from step" in run.supervisor_logs()
     assert {p.name for p in run.dir.logs.glob("attempt_*")} == {"attempt_0", "attempt_1"}
 
 
@@ -103,7 +103,7 @@ def test_a_crash_is_tried_again_while_there_is_progress(patient: Cluster, tmp_pa
     finish(patient, job, run, "FAILED")
     assert patient.exit_code(job) == 7
     assert run.steps() == [1, 2, 3, 4, 4]
-    assert run.outcome()["reason"] == "no progress since step 3"
+    assert run.outcome()["reason"] == "it crashed without progress since step 3"
 
 
 def test_engines_that_cannot_start_end_the_job(patient: Cluster, tmp_path: Path) -> None:

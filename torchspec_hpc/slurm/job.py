@@ -10,8 +10,9 @@ from torchspec_hpc.slurm.scheduler import JobInfo, SchedulerError, job_info, run
 
 _logger = logging.getLogger(__name__)
 
-#: Seconds after which a requeued job may start again.  Left alone it waits for ``cred_expire``,
-#: 120 by default, which is more than the nodes need to clean up.
+#: Seconds after which a requeued job may start again.  Slurm lets it wait for ``cred_expire``,
+#: 120 by default, unless its start lies in the future already when its nodes are clean: then
+#: it runs again after some 12 s (seen with Slurm 22.05).
 _RESTART_DELAY_S = 10
 
 

@@ -8,9 +8,24 @@ from dataclasses import dataclass
 from torchspec_hpc.errors import EXIT_DONE, EXIT_REQUEUE, EXIT_USER_ERROR
 from torchspec_hpc.slurm.attempts import Attempt
 
-#: Attempts in a row that were asked to stop before they made a checkpoint.  One or two happen
-#: (preempted while the engine loads); more say that the time limit is too short to begin with.
-MAX_STOPS_WITHOUT_PROGRESS = 3
+#: Attempts in a row without a new checkpoint.  One or two happen: preempted while the engine
+#: loads, or a step that Slurm could not launch on a node that had just come back.
+MAX_IDLE_ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an attempt ended.
+
+    Attributes:
+        exit_code: 0 done, 85 stopped with a checkpoint, 2 the user's mistake, else a crash.
+        message: One clear message.
+        launched: False where a step ended before any of its workers lived to write a log.
+    """
+
+    exit_code: int
+    message: str
+    launched: bool = True
 
 
 @dataclass(frozen=True)
@@ -39,31 +54,31 @@ class Verdict:
     reason: str
 
 
-def decide(exit_code: int, history: Sequence[Attempt], rules: Rules) -> Verdict:
+def decide(ending: Ending, history: Sequence[Attempt], rules: Rules) -> Verdict:
     """Decides on the last attempt.
 
-    A run that was asked to stop (85) goes on.  A crash is tried again only if this attempt
-    left a newer checkpoint than it found: otherwise the next one would crash at the same
-    step.  A user error never heals by itself.
+    A run that was asked to stop goes on, and so does one that could not be launched.  A crash is
+    tried again only if this attempt left a newer checkpoint than it found: otherwise the next
+    one would crash at the same step.  A user error never heals by itself.
 
     Args:
-        exit_code: Of the last attempt.
+        ending: Of the last attempt.
         history: All attempts, the last one with its end filled in.
         rules: What limits requeues.
     """
-    if exit_code == EXIT_DONE:
+    if ending.exit_code == EXIT_DONE:
         return Verdict(False, "")
-    if exit_code == EXIT_USER_ERROR:
+    if ending.exit_code == EXIT_USER_ERROR:
         return Verdict(False, "an error that only its user can mend is not tried again")
     if not rules.can_requeue:
         return Verdict(False, "this run does not requeue itself")
     if len(history) >= rules.max_attempts:
         return Verdict(False, f"{len(history)} attempts were made (slurm.max_attempts)")
-    if exit_code == EXIT_REQUEUE:
-        recent = history[-MAX_STOPS_WITHOUT_PROGRESS:]
-        if len(recent) == MAX_STOPS_WITHOUT_PROGRESS and not any(a.made_progress for a in recent):
-            return Verdict(False, f"{len(recent)} attempts in a row made no checkpoint")
-        return Verdict(True, "stopped as asked")
-    if not history[-1].made_progress:
-        return Verdict(False, f"no progress since step {history[-1].first_step}")
-    return Verdict(True, f"crashed, but got from step {history[-1].first_step} on")
+    last, recent = history[-1], history[-MAX_IDLE_ATTEMPTS:]
+    if last.made_progress:
+        return Verdict(True, f"from step {last.last_step} on")
+    if ending.exit_code != EXIT_REQUEUE and ending.launched:
+        return Verdict(False, f"it crashed without progress since step {last.first_step}")
+    if len(recent) == MAX_IDLE_ATTEMPTS and not any(a.made_progress for a in recent):
+        return Verdict(False, f"{MAX_IDLE_ATTEMPTS} attempts in a row made no checkpoint")
+    return Verdict(True, f"from step {last.first_step} on, without progress so far")

@@ -37,12 +37,10 @@ from torchspec_hpc.slurm.steps import (
 _RENDEZVOUS_PORTS = range(20000, 30000)
 #: After the first task of a step has ended the others get so long.
 _SRUN_WAIT_S = 60
-# What srun takes for its own options: they describe component 0, and the step states its own.
-_SRUN_OPTIONS = (
+# What srun takes for options that contradict ours: they describe component 0. And its devices.
+_OF_COMPONENT_0 = (
     "SLURM_MEM_PER_", "SLURM_NTASKS", "SLURM_NPROCS", "SLURM_TASKS_PER_NODE", "SLURM_CPUS_PER_",
-    "SLURM_GPUS", "SLURM_GRES", "SLURM_TRES_PER_TASK", "SLURM_DISTRIBUTION", "SLURM_EXPORT_ENV",
-    "SLURM_KILL_BAD_EXIT", "SLURM_WAIT", "SLURM_NODELIST",
-    # devices of the batch script
+    "SLURM_GPUS", "SLURM_GRES", "SLURM_TRES_PER_TASK", "SLURM_DISTRIBUTION",
     "CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL",
 )  # fmt: skip
 
@@ -66,7 +64,7 @@ class SlurmLauncher:
     ) -> None:
         self._run, self._config, self.modules = run, config, modules
         self._python = config.slurm.python or sys.executable
-        self._environ = {k: v for k, v in environ.items() if not k.startswith(_SRUN_OPTIONS)}
+        self._environ = {k: v for k, v in environ.items() if not k.startswith(_OF_COMPONENT_0)}
         groups = read_het_groups(environ)
         self._trainer_node = groups[TRAINING_GROUP].nodes[0]
         self.addresses = node_addresses(node for group in groups for node in group.nodes)

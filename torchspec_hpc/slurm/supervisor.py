@@ -40,16 +40,16 @@ from torchspec_hpc.errors import (
     TorchspecError,
     UserError,
 )
-from torchspec_hpc.observe.logs import report_error, setup_logging
+from torchspec_hpc.observe.logs import setup_logging
 from torchspec_hpc.slurm.attempts import Attempt, History
 from torchspec_hpc.slurm.failures import clear_failures
 from torchspec_hpc.slurm.job import JobFate
-from torchspec_hpc.slurm.requeue import Rules, Verdict, decide
+from torchspec_hpc.slurm.requeue import Ending, Rules, Verdict, decide
 from torchspec_hpc.slurm.services import Services
 from torchspec_hpc.slurm.signals import SignalInbox
 from torchspec_hpc.slurm.srun import SlurmLauncher
 from torchspec_hpc.slurm.steps import INFERENCE, TRAINING, Launcher, Step
-from torchspec_hpc.slurm.watch import Ending, Watch
+from torchspec_hpc.slurm.watch import Watch
 
 _logger = logging.getLogger(__name__)
 
@@ -119,6 +119,7 @@ class Supervisor:
             self._steps[TRAINING] = self._launcher.start_training(logs)
             watch = Watch(
                 self._run,
+                logs,
                 self._config.control,
                 services,
                 self._steps[INFERENCE],
@@ -129,8 +130,12 @@ class Supervisor:
         except Interrupted as error:
             self._engine_grace_s = 0
             ending = Ending(128 + signal.SIGINT, str(error))
-        except Exception as error:  # noqa: BLE001 - whatever it is, nothing may stay behind
-            ending = Ending(report_error(self._run, ROLE, 0, error), str(error))
+        except TorchspecError as error:
+            code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_CRASH
+            ending = Ending(code, str(error))
+        except Exception as error:  # whatever it is, nothing may stay behind
+            _logger.exception("the supervisor failed")
+            ending = Ending(EXIT_CRASH, f"{type(error).__name__}: {error}")
         self._codes = {name: step.poll() for name, step in self._steps.items()}
         self._stop_all(services)
         return ending
@@ -183,9 +188,9 @@ class Supervisor:
     def _act_on_fate(self, fate: JobFate) -> None:
         _logger.info("%s", fate.value)
         if fate is JobFate.TIME_LIMIT:
-            self._history.end(EXIT_REQUEUE, "time limit")
-            verdict = decide(EXIT_REQUEUE, self._history.attempts, self._rules)
-            if verdict.requeue:
+            ending = Ending(EXIT_REQUEUE, "the time limit was reached")
+            self._history.end(ending.exit_code, ending.message)
+            if decide(ending, self._history.attempts, self._rules).requeue:
                 self._requeue()
 
     def _stop_all(self, services: Services) -> None:
@@ -224,7 +229,7 @@ class Supervisor:
     def _verdict(self, ending: Ending) -> Verdict:
         if self._requeued:
             return Verdict(False, "done already, at the time limit")
-        verdict = decide(ending.exit_code, self._history.attempts, self._rules)
+        verdict = decide(ending, self._history.attempts, self._rules)
         if verdict.requeue:
             fate = self._launcher.fate()
             if fate not in (JobFate.RUNNING, JobFate.TIME_LIMIT):

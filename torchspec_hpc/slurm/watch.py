@@ -6,19 +6,20 @@ import logging
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 
 from torchspec_hpc.config.rundir import RunDir
 from torchspec_hpc.config.schema import ControlConfig
 from torchspec_hpc.errors import EXIT_CRASH, EXIT_DONE, EXIT_REQUEUE, DeadlineExceeded
 from torchspec_hpc.slurm.attempts import latest_step
 from torchspec_hpc.slurm.failures import read_failures, root_cause
+from torchspec_hpc.slurm.requeue import Ending
 from torchspec_hpc.slurm.services import Services
 from torchspec_hpc.slurm.steps import Step
 
 _logger = logging.getLogger(__name__)
 
-_POLL_S = 0.2
+_POLL_S = 0.5
 #: Between looks at the shared file system that are not urgent.
 _LOOK_EVERY_S = 5.0
 _TELL_EVERY_S = 60.0
@@ -27,24 +28,12 @@ _FAILURE_GRACE_S = 30.0
 _TAIL_BYTES = 8192
 
 
-@dataclass(frozen=True)
-class Ending:
-    """How an attempt ended.
-
-    Attributes:
-        exit_code: 0 done, 85 stopped with a checkpoint, 2 the user's mistake, else a crash.
-        message: One clear message.
-    """
-
-    exit_code: int
-    message: str
-
-
 class Watch:
     """Watches one attempt.
 
     Args:
         run: The run.
+        logs: Of this attempt.
         config: Deadlines.
         services: Running.
         inference: Running.
@@ -56,13 +45,14 @@ class Watch:
     def __init__(
         self,
         run: RunDir,
+        logs: Path,
         config: ControlConfig,
         services: Services,
         inference: Step,
         training: Step,
         stop_asked_at: Callable[[], float | None],
     ) -> None:
-        self._run, self._config, self._services = run, config, services
+        self._run, self._logs, self._config, self._services = run, logs, config, services
         self._inference, self._training = inference, training
         self._stop_asked_at = stop_asked_at
         self._start = self._told = self._looked = time.monotonic()
@@ -125,14 +115,15 @@ class Watch:
         if cause is not None:
             _logger.info("%s", what)
             return Ending(cause.exit_code, str(cause))
-        if step is not None:
-            what += f"; its log ends with:\n{step.log_tail()}"
-        return Ending(code, what)
+        if step is None:
+            return Ending(code, what)
+        launched = any((self._logs / step.name).glob("*/*.log"))
+        return Ending(code, f"{what}; its log ends with:\n{step.log_tail()}", launched)
 
     def _a_worker_failed(self, now: float) -> bool:
         """Whether one did, and its step had its time to end by itself."""
-        if self._failing_since is None and (cause := root_cause(read_failures(self._run))):
-            _logger.error("%s", cause)
+        if self._failing_since is None and read_failures(self._run):
+            _logger.info("a worker failed; its step has %.0f s to end", _FAILURE_GRACE_S)
             self._failing_since = now
         return self._failing_since is not None and now - self._failing_since > _FAILURE_GRACE_S
 
