@@ -48,6 +48,17 @@ PROMPTS_THINKING = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
+#: Shows some questions otherwise once they are history, as long as before.
+WHISPERS = CHATML.replace(
+    "message['content']",
+    "(message['content'] | upper if 'psst' in message['content'] and not loop.last "
+    "else message['content'])",
+)
+#: Its header ends with a space.
+SPACE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 #: Ends answers with words.
 NO_TOKEN_AT_END = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} (over)\n{% endfor %}"

@@ -136,6 +136,11 @@ def test_what_the_template_adds_before_an_answer_is_not_supervised() -> None:
             [{"role": "system", "content": "Be kind."}, *CHAT],
             "chat template refuses it: roles must alternate",
         ),
+        (
+            templates.WHISPERS,
+            [{"role": "user", "content": "psst!"}, CHAT[1]],
+            "not rendered as generated",
+        ),
     ],
 )
 def test_rows_that_cannot_be_masked(
@@ -175,6 +180,12 @@ def test_templates_that_cannot_be_verified(template: str, found: str) -> None:
 def test_a_template_that_is_no_jinja() -> None:
     with pytest.raises(ConfigError, match=r"chat template, line 2: .*endfor"):
         ChatEncoder(byte_tokenizer("{% for m in messages %}\n{{ m }}{% endfoo %}"), False)
+
+
+def test_a_space_without_width_before_the_answer() -> None:
+    tokenizer = byte_tokenizer(templates.SPACE, trim_offsets=True)
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "\nthe"}]
+    assert supervised(ChatEncoder(tokenizer, False), chat) == ["\nthe</s>"]
 
 
 @pytest.mark.parametrize("mode", [False, "auto"])

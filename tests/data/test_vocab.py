@@ -27,6 +27,8 @@ def test_the_most_frequent_supervised_ids_ascending() -> None:
 def test_ties_and_ids_never_said_go_to_the_lower_id() -> None:
     assert draft_vocabulary(data([8, 6, 4, 2]), 10, 3, []).tolist() == [2, 4, 6]
     assert draft_vocabulary(data([9, 9]), 10, 4, []).tolist() == [0, 1, 2, 9]
+    many = data(list(range(1000)) * 3 + list(range(500, 520)))
+    assert draft_vocabulary(many, 1000, 70, []).tolist() == [*range(50), *range(500, 520)]
 
 
 def test_special_ids_are_kept_however_rare() -> None:

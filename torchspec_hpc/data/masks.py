@@ -103,7 +103,7 @@ class ChatEncoder:
             starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
             mask = np.zeros(len(ids), dtype=np.bool_)
             for start, end in rendered.spans:
-                # the last condition: tokenizers may trim a header's final newline to no width
+                # the last condition: a header's final space may be trimmed to no width, here
                 mask |= (starts >= start) & (ends <= end) & (ends > start)
             result.append((np.asarray(ids, dtype=np.int32), mask))
         return result
