@@ -111,6 +111,22 @@ def test_unusable_prompts_do_not_spoil_a_batch(
     reference.check(good, requester.fetch(results[1].key, results[1].shape))
 
 
+def test_a_prompt_that_only_vllm_refuses_does_not_spoil_a_batch(
+    engine: VllmEngine,
+    requester: Requester,
+    reference: Reference,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine, "_max_prompt_tokens", 300)  # more than vLLM was told
+    first, too_long, last = random_prompts([20, 250, 30], seed=8)
+    results = engine.prefill([requester.prompt(ids) for ids in (first, too_long, last)])
+    assert isinstance(results[1], Failed)
+    assert results[1].permanent
+    assert "vLLM refuses the prompt" in results[1].reason
+    for ids, result in ((first, results[0]), (last, results[2])):
+        reference.check(ids, requester.fetch(result.key, result.shape))
+
+
 def test_a_write_that_fails_is_one_prompts_failure(
     engine: VllmEngine, requester: Requester, reference: Reference
 ) -> None:

@@ -178,18 +178,19 @@ def test_a_full_store_refuses_for_now(scene: Scene, services: Endpoints) -> None
     assert isinstance(trainer.reply(), Receipt)
 
 
-def test_sigusr1_is_ignored_and_sigterm_obeyed(scene: Scene) -> None:
+def test_sigusr1_is_ignored_and_sigint_obeyed(scene: Scene) -> None:
     scene.process.send_signal(signal.SIGUSR1)  # for the supervisor, not for us
     scene.trainer.ask(random_prompts([5])[0])
     assert isinstance(scene.trainer.reply(), Receipt)
     start = time.monotonic()
-    scene.process.terminate()
+    scene.process.send_signal(signal.SIGINT)
     assert scene.process.wait(30) == 0
     assert time.monotonic() - start < 10
     assert list(scene.run.errors.iterdir()) == []
+    assert json.loads((scene.run.heartbeats / "inference_0.json").read_text())["ready"]
     [log] = scene.run.logs.rglob("inference_rank0_*.log")
     assert "engine hf is ready" in log.read_text()
-    assert "SIGTERM: leaving" in log.read_text()
+    assert "SIGINT: leaving" in log.read_text()
 
 
 @pytest.mark.slow
@@ -250,7 +251,10 @@ def _kill_one_engine_midway(
 @pytest.fixture
 def _process_state() -> Iterator[None]:
     """Takes back what the worker's main changes in this process."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {
+        number: signal.getsignal(number)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
     root = logging.getLogger()
     log_handlers, level = root.handlers[:], root.level
     yield

@@ -56,7 +56,7 @@ def place(inference: InferenceConfig, rank: int, num_ranks: int) -> Placement:
             f"{name} = {tp_size} and inference_num_gpus_per_engine = {per_engine} differ",
             allowed="an engine that uses each of its devices",
         )
-    node, local = divmod(rank, per_node // per_engine)
+    node, local = divmod(rank, inference.engines_per_node)
     return Placement(rank, node, tuple(range(local * per_engine, (local + 1) * per_engine)))
 
 

@@ -18,6 +18,7 @@ from types import FrameType
 
 from torchspec_hpc.config import Config, RunDir, load_config
 from torchspec_hpc.config.endpoints import Endpoints, read_secret
+from torchspec_hpc.config.rundir import write_atomic
 from torchspec_hpc.errors import EXIT_DONE
 from torchspec_hpc.inference.engines.base import EngineContext
 from torchspec_hpc.inference.engines.registry import create_engine
@@ -33,18 +34,19 @@ _logger = logging.getLogger("torchspec_hpc.inference.worker")  # __name__ is __m
 _stop = threading.Event()
 
 
-class Terminated(BaseException):
-    """SIGTERM arrived. No ``Exception``: nothing on the way may take it for a failure."""
+class Dismissed(BaseException):
+    """We were asked to leave. No ``Exception``: nothing on the way may take it for a failure."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one rank until SIGTERM.
+    """Runs one rank until SIGINT or SIGTERM; the supervisor sends the former.
 
     Returns:
         The exit code.
     """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # meant for the supervisor
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGINT, _dismiss)
+    signal.signal(signal.SIGTERM, _dismiss)
     arguments = _parse(argv, os.environ)
     run = RunDir(arguments.run_dir)
     try:
@@ -53,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         setup_logging(ROLE, arguments.rank, run, endpoints.attempt)
         _take_devices(config, arguments.rank, arguments.num_ranks)
         _serve(config, run, endpoints, arguments.rank)
-    except Terminated:
-        _logger.info("SIGTERM: leaving")
+    except Dismissed as signal_name:
+        _logger.info("%s: leaving", signal_name)
     except Exception as error:  # noqa: BLE001 - the process's last line of defence
         return report_error(run, ROLE, arguments.rank, error)
     return EXIT_DONE
@@ -72,6 +74,7 @@ def _serve(config: Config, run: RunDir, endpoints: Endpoints, rank: int) -> None
     try:
         progress.ready = True
         heartbeat.beat()
+        write_atomic(run.heartbeats / f"{ROLE}_{rank}.json", {"ready": True})  # for the supervisor
         _logger.info("engine %s is ready", config.inference.engine)
         Server(engine, control, rank, progress).serve(_stop)
     finally:
@@ -108,15 +111,15 @@ def _parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argparse.N
     return parser.parse_args(argv)
 
 
-def _terminate(_signum: int, _frame: FrameType | None) -> None:
+def _dismiss(number: int, _frame: FrameType | None) -> None:
     if not _stop.is_set():
         _stop.set()  # also seen by the loop, should the exception be swallowed by a callback
-        raise Terminated
+        raise Dismissed(signal.Signals(number).name)
 
 
 if __name__ == "__main__":
     code = main()
     logging.shutdown()
-    sys.stdout.flush()
-    # threads that wait for room in the store would hold up an ordinary exit for minutes
+    sys.stderr.flush()
+    # everything is closed by now; an ordinary exit spends ten more seconds in destructors
     os._exit(code)

@@ -62,6 +62,8 @@ class VllmEngine:
             torch.set_num_threads(inference.num_threads)
         import vllm  # takes seconds, and reads the environment
 
+        # it warns, with a traceback, that there is no tokenizer to warm up
+        logging.getLogger("vllm.renderers.base").setLevel(logging.ERROR)
         arguments = {**llm_arguments(context), **capture_arguments(context)}
         check_extra_args(inference, {field.name for field in dataclasses.fields(vllm.EngineArgs)})
         try:
@@ -83,7 +85,7 @@ class VllmEngine:
         """See :class:`~torchspec_hpc.inference.engines.base.Engine`."""
         usable, results = sift(prompts, self._max_prompt_tokens, self._vocab_size)
         for start in range(0, len(usable), self.max_prompts):
-            self._generate(usable[start : start + self.max_prompts])
+            results.update(self._generate(usable[start : start + self.max_prompts]))
         for worker in self._llm.collective_rpc("take_capture_results"):
             results.update((item["key"], _result(item)) for item in worker)
         lost = "vLLM finished the prompt without capturing its states; see the engine's log"
@@ -96,20 +98,26 @@ class VllmEngine:
         """See :class:`~torchspec_hpc.inference.engines.base.Engine`."""
         self._llm.llm_engine.engine_core.shutdown()
 
-    def _generate(self, prompts: Sequence[EnginePrompt]) -> None:
-        self._llm.generate(
-            [{"prompt_token_ids": prompt.token_ids.tolist()} for prompt in prompts],
-            [
-                self._sampling_params(
-                    max_tokens=1,
-                    temperature=0.0,
-                    detokenize=False,
-                    extra_args={TRANSFER_PARAMS: {"key": prompt.key, "segment": prompt.segment}},
-                )
-                for prompt in prompts
-            ],
-            use_tqdm=False,
-        )
+    def _generate(self, prompts: Sequence[EnginePrompt]) -> dict[str, Result]:
+        """Runs one batch; returns the prompts that vLLM refuses."""
+        token_ids = [{"prompt_token_ids": prompt.token_ids.tolist()} for prompt in prompts]
+        params = [
+            self._sampling_params(
+                max_tokens=1,
+                temperature=0.0,
+                detokenize=False,
+                extra_args={TRANSFER_PARAMS: {"key": prompt.key, "segment": prompt.segment}},
+            )
+            for prompt in prompts
+        ]
+        try:
+            self._llm.generate(token_ids, params, use_tqdm=False)
+        except ValueError as error:  # for one prompt it refuses them all
+            if len(prompts) > 1:
+                return {k: v for prompt in prompts for k, v in self._generate([prompt]).items()}
+            reason = f"vLLM refuses the prompt: {error}"
+            return {prompts[0].key: Failed(prompts[0].key, reason, permanent=True)}
+        return {}
 
 
 def max_prompts(context: EngineContext) -> int:
@@ -126,8 +134,10 @@ def max_prompts(context: EngineContext) -> int:
 def environment(context: EngineContext) -> dict[str, str]:
     """Environment variables to set before vLLM is imported: what its arguments cannot say."""
     inference = context.config.inference
-    variables = {"VLLM_NO_USAGE_STATS": "1"}
-    variables["VLLM_LOGGING_LEVEL"] = os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")
+    # fork would copy this process's threads half
+    variables = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    # without handlers of its own, vLLM's warnings end up in this rank's log
+    variables["VLLM_CONFIGURE_LOGGING"] = os.environ.get("VLLM_CONFIGURE_LOGGING", "0")
     if context.device == "cpu":
         # in this process: each process of the default spends 12 s on its imports
         if inference.vllm.tp_size == 1:
