@@ -12,6 +12,7 @@ import torch
 from tests.services import SECRET
 from torchspec_hpc.config.endpoints import Endpoints
 from torchspec_hpc.config.schema import MooncakeConfig
+from torchspec_hpc.errors import TorchspecError
 from torchspec_hpc.transfer.control import ControlClient
 from torchspec_hpc.transfer.messages import Receipt, Refusal, Request
 from torchspec_hpc.transfer.store import HiddenStateStore
@@ -44,7 +45,10 @@ class Producer:
                 control.push_reply(request.reply_to, refusal)
                 continue
             states = hidden_states(torch.tensor(request.tokens.astype("int64")), 4, 64)
-            store.put(request.key, states.contiguous(), request.segment)
+            try:
+                store.put(request.key, states.contiguous(), request.segment)
+            except TorchspecError:  # the trainer that asked is gone
+                continue
             receipt = Receipt(request.ticket, request.key, tuple(states.shape), "float32", 0, 0.0)
             control.push_reply(request.reply_to, receipt)
 

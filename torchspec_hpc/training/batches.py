@@ -44,7 +44,7 @@ class HiddenStates(Protocol):
 class StepData:
     """What one rank trains on in one optimizer step.
 
-    Args:
+    Attributes:
         batches: Micro-batches, on the CPU.
         wait_s: Time spent waiting for hidden states.
     """

@@ -31,7 +31,7 @@ _META = "meta.json"
 class Progress:
     """How far a run is.
 
-    Args:
+    Attributes:
         step: Optimizer steps done.
         cursor: Samples of the stream consumed, over all ranks and epochs.
     """
@@ -44,7 +44,7 @@ class Progress:
 class CheckpointMeta:
     """What a checkpoint belongs to, as ``meta.json`` holds it.
 
-    Args:
+    Attributes:
         step: Optimizer steps done.
         cursor: Samples of the stream consumed.
         draft: ``{"algorithm", "config", "kept_ids_file"}``.

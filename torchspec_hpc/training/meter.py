@@ -39,7 +39,7 @@ TAGS = {
 class Costs:
     """What a step of one rank took.
 
-    Args:
+    Attributes:
         num_tokens: Tokens trained on.
         num_bytes: Hidden states that arrived meanwhile.
         num_retries: Requests asked again meanwhile.
@@ -127,7 +127,7 @@ class EngineMonitor:
             if busy_s > busy_before_s:
                 self._speeds[rank] = (tokens - tokens_before) / (busy_s - busy_before_s)
         self._before = alive  # an engine that was started again counts from 0
-        return {
-            "throughput/inference_tokens_per_s": sum(self._speeds.get(rank, 0.0) for rank in alive),
-            "transfer/queue_depth": self._control.queue_depth(),
-        }
+        values: dict[str, float] = {"transfer/queue_depth": self._control.queue_depth()}
+        if speeds := [self._speeds[rank] for rank in alive if rank in self._speeds]:
+            values["throughput/inference_tokens_per_s"] = sum(speeds)
+        return values

@@ -20,7 +20,7 @@ class Schedule:
     A pure function of the step: a resumed run needs no scheduler state, and a
     changed configuration takes effect at once.
 
-    Args:
+    Attributes:
         peak: Highest learning rate, of step `warmup_steps`.
         floor: Learning rate from `total_steps` on.
         warmup_steps: Steps below the peak.

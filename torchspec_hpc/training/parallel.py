@@ -20,7 +20,7 @@ from torchspec_hpc.errors import ConfigError, UserError
 class World:
     """This process's place in the training group.
 
-    Args:
+    Attributes:
         rank: Global rank.
         size: Number of ranks.
         local_rank: Rank on this node.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,24 +14,16 @@ from torchspec_hpc.config import Config, RunDir
 from torchspec_hpc.config.endpoints import Endpoints, read_secret
 from torchspec_hpc.data.dataset import TokenDataset, prepare_dataset
 from torchspec_hpc.data.sampler import Sampler
-from torchspec_hpc.drafts.eagle3.config import Eagle3Config
-from torchspec_hpc.drafts.eagle3.model import Eagle3Draft
-from torchspec_hpc.drafts.target_head import TargetHead
 from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.target.spec import TargetSpec
-from torchspec_hpc.target.weights import load_target_tensors
 from torchspec_hpc.training.batches import MicroBatches, samples_per_step, steps_of_run
 from torchspec_hpc.training.checkpoint import Checkpointer
-from torchspec_hpc.training.checkpoint_files import (
-    KEPT_IDS,
-    CheckpointMeta,
-    Progress,
-    latest_checkpoint,
-)
+from torchspec_hpc.training.checkpoint_files import CheckpointMeta, Progress, latest_checkpoint
+from torchspec_hpc.training.draft import build_draft
 from torchspec_hpc.training.evaluation import EvaluationSet
 from torchspec_hpc.training.meter import EngineMonitor
 from torchspec_hpc.training.optim import build_optimizer
-from torchspec_hpc.training.parallel import World, seed_rank, shard
+from torchspec_hpc.training.parallel import World, seed_rank
 from torchspec_hpc.training.step import Eagle3Step
 from torchspec_hpc.training.trainer import Trainer
 from torchspec_hpc.training.vocabulary import load_kept_ids
@@ -65,12 +56,16 @@ def build_trainer(
         DeadlineExceeded: A service does not answer.
     """
     settings = config.training
+    if settings.gradient_checkpointing:
+        logger.warning("training.gradient_checkpointing has no effect on this draft yet")
     spec = TargetSpec.from_path(config.model.target_model_path)
     aux_layers = spec.aux_layers(config.inference.aux_hidden_states_layers)
     dataset = _open_dataset(config, world, config.dataset.train_data_path)
     held_out = _open_held_out(config, world)
     window_tokens = _window_tokens(config, spec, aux_layers, [dataset, *held_out])
-    draft, head, meta = _build_draft(config, run, world, dataset, spec, aux_layers)
+    kept_ids = load_kept_ids(config, run, world, dataset, spec)
+    draft, head, description = build_draft(config, world, spec, aux_layers, kept_ids)
+    meta = _describe(config, world, dataset, description)
     optimizer = build_optimizer(draft, settings)
     checkpointer = Checkpointer(
         run, world, draft, optimizer, meta, seed=settings.seed, keep=settings.max_checkpoints
@@ -166,66 +161,38 @@ def _window_tokens(
     return window_tokens
 
 
-def _build_draft(
-    config: Config,
-    run: RunDir,
-    world: World,
-    dataset: TokenDataset,
-    spec: TargetSpec,
-    aux_layers: tuple[int, ...],
-) -> tuple[Eagle3Draft, TargetHead, CheckpointMeta]:
-    """The draft, equal on every number of ranks, sharded; the target's head; their identity."""
-    settings = config.training
-    kept_ids = load_kept_ids(config, run, world, dataset, spec)
-    draft_config = Eagle3Config.from_target(
-        spec,
-        aux_layers,
-        spec.vocab_size if kept_ids is None else len(kept_ids),
-        _draft_overrides(config.model.draft_model_config),
-    )
-    target = load_target_tensors(config.model, spec, getattr(torch, settings.compute_dtype))
-    draft = Eagle3Draft(draft_config, target.embedding, kept_ids)
-    draft.initialize(target, settings.seed)
-    head = TargetHead(target.norm, target.lm_head, spec.rms_norm_eps).to(world.device)
-    shard(draft.to(world.device), world, settings)
-    num_parameters = sum(parameter.numel() for parameter in draft.parameters())
-    logger.info("draft of %.1f M parameters over %d ranks", num_parameters / 1e6, world.size)
-    meta = CheckpointMeta(
+def _describe(
+    config: Config, world: World, dataset: TokenDataset, draft: dict[str, object]
+) -> CheckpointMeta:
+    """What every checkpoint of this run says of it."""
+    return CheckpointMeta(
         step=0,
         cursor=0,
-        draft={
-            "algorithm": config.model.draft_algorithm,
-            "config": draft_config.to_dict(),
-            "kept_ids_file": None if kept_ids is None else KEPT_IDS,
-        },
+        draft=draft,
         target=config.model.target_model_path,
         stream={
             "dataset": dataset.key,
             "num_samples": len(dataset),
-            "seed": settings.seed,
+            "seed": config.training.seed,
             "shuffle": config.dataset.shuffle_dataset,
         },
         world_size=world.size,
         versions={"torchspec_hpc": torchspec_hpc.__version__, "torch": torch.__version__},
     )
-    return draft, head, meta
-
-
-def _draft_overrides(path: str | None) -> dict[str, object] | None:
-    if path is None:
-        return None
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"model.draft_model_config: cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"model.draft_model_config: {path} holds a {type(content).__name__}")
-    return content
 
 
 def _load(config: Config, run: RunDir, checkpointer: Checkpointer) -> Progress:
-    """Goes on where the run was, else where ``load_path`` was, else from the start."""
+    """Goes on where the run was, else where ``load_path`` was, else from the start.
+
+    Raises:
+        ConfigError: ``continual_training`` has no weights to start from.
+    """
     settings = config.training
+    if settings.continual_training and settings.load_path is None:
+        raise ConfigError(
+            "training.continual_training is true without training.load_path",
+            hint="set training.load_path to a checkpoint, or training.continual_training: false",
+        )
     latest = latest_checkpoint(run)
     if latest is not None:
         return checkpointer.load(latest)

@@ -22,7 +22,7 @@ from torchspec_hpc.training.parallel import World, sum_over_ranks
 class StepResult:
     """What one optimizer step did.
 
-    Args:
+    Attributes:
         sums: ``[4, K]`` float64, of this rank: cross entropy, correct, scored and trained
             positions by TTT step.
         grad_norm: L2 norm of the whole gradient before clipping.

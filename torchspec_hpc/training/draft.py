@@ -1,0 +1,100 @@
+"""The draft of a run, equal on any number of ranks, and the target's head beside it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchspec_hpc.config import Config
+from torchspec_hpc.drafts.eagle3.config import Eagle3Config
+from torchspec_hpc.drafts.eagle3.model import Eagle3Draft
+from torchspec_hpc.drafts.target_head import TargetHead
+from torchspec_hpc.errors import ConfigError
+from torchspec_hpc.target.spec import TargetSpec
+from torchspec_hpc.target.weights import TargetTensors, load_target_tensors
+from torchspec_hpc.training.checkpoint_files import KEPT_IDS
+from torchspec_hpc.training.parallel import World, shard
+
+logger = logging.getLogger(__name__)
+
+
+class BuiltDraft(NamedTuple):
+    """A draft that is ready to train.
+
+    Attributes:
+        draft: On the rank's device, sharded, with float32 parameters.
+        head: The target's norm and head, on the rank's device.
+        description: What a checkpoint says of the draft.
+    """
+
+    draft: Eagle3Draft
+    head: TargetHead
+    description: dict[str, object]
+
+
+def build_draft(
+    config: Config,
+    world: World,
+    spec: TargetSpec,
+    aux_layers: tuple[int, ...],
+    kept_ids: Tensor | None,
+) -> BuiltDraft:
+    """Builds the draft with its first weights; every rank calls it.
+
+    Args:
+        config: Of the run.
+        world: The training group.
+        spec: The target.
+        aux_layers: See :meth:`TargetSpec.aux_layers`.
+        kept_ids: Ascending target ids of the draft's vocabulary; None: the target's.
+
+    Raises:
+        ConfigError: The draft's shape or the target's tensors cannot be used.
+    """
+    settings = config.training
+    draft_config = Eagle3Config.from_target(
+        spec,
+        aux_layers,
+        spec.vocab_size if kept_ids is None else len(kept_ids),
+        _read_overrides(config.model.draft_model_config),
+    )
+    loaded = load_target_tensors(config.model, spec, getattr(torch, settings.compute_dtype))
+    target = _on_device(loaded, world.device)
+    draft = Eagle3Draft(draft_config, target.embedding, kept_ids)
+    draft.initialize(target, settings.seed)
+    shard(draft.to(world.device), world, settings)
+    num_parameters = sum(parameter.numel() for parameter in draft.parameters())
+    logger.info("draft of %.1f M parameters over %d ranks", num_parameters / 1e6, world.size)
+    description: dict[str, object] = {
+        "algorithm": config.model.draft_algorithm,
+        "config": draft_config.to_dict(),
+        "kept_ids_file": None if kept_ids is None else KEPT_IDS,
+    }
+    return BuiltDraft(
+        draft, TargetHead(target.norm, target.lm_head, spec.rms_norm_eps), description
+    )
+
+
+def _on_device(target: TargetTensors, device: torch.device) -> TargetTensors:
+    """Moves the target's tensors; tied ones stay one tensor."""
+    embedding = target.embedding.to(device)
+    tied = target.lm_head is target.embedding
+    lm_head = embedding if tied else target.lm_head.to(device)
+    return TargetTensors(embedding, target.norm.to(device), lm_head)
+
+
+def _read_overrides(path: str | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"model.draft_model_config: cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"model.draft_model_config: {path} holds a {type(content).__name__}")
+    return content
