@@ -74,7 +74,7 @@ class TrainingConfig(Section):
     compute_dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="Of matrix products; master weights are always float32."
     )
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     num_epochs: int = Field(1, ge=1)
     num_train_steps: int | None = Field(
         None, ge=1, description="Optimizer steps; null: num_epochs over the data."
