@@ -62,18 +62,21 @@ class VllmEngine:
             torch.set_num_threads(inference.num_threads)
         import vllm  # takes seconds, and reads the environment
 
+        from torchspec_hpc.inference.engines import vllm_compat
+
         # it warns, with a traceback, that there is no tokenizer to warm up
         logging.getLogger("vllm.renderers.base").setLevel(logging.ERROR)
         arguments = {**llm_arguments(context), **capture_arguments(context)}
         check_extra_args(inference, {field.name for field in dataclasses.fields(vllm.EngineArgs)})
         try:
             self._llm: Any = vllm.LLM(**arguments, **inference.vllm.extra_args)
-        except ValueError as error:
+        except vllm_compat.REFUSALS as error:
             raise ConfigError(
                 f"vLLM {vllm.__version__} refuses the target or its settings: {error}",
                 hint="see model.* and inference.vllm.* in the configuration",
             ) from error
         self._sampling_params = vllm.SamplingParams
+        self._refusals = vllm_compat.REFUSALS
         self.max_prompts = max_prompts(context)
         scheduler = self._llm.llm_engine.vllm_config.scheduler_config
         self.max_tokens = int(scheduler.max_num_batched_tokens)
@@ -112,7 +115,7 @@ class VllmEngine:
         ]
         try:
             self._llm.generate(token_ids, params, use_tqdm=False)
-        except ValueError as error:  # for one prompt it refuses them all
+        except self._refusals as error:  # for one prompt it refuses them all
             if len(prompts) > 1:
                 return {k: v for prompt in prompts for k, v in self._generate([prompt]).items()}
             reason = f"vLLM refuses the prompt: {error}"

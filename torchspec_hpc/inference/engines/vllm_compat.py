@@ -1,8 +1,8 @@
 """What differs between the vLLM releases that work here, 0.19 to 0.33.
 
-Upstream ships a connector of its own for debugging, which writes files.  The two
-functions below ask it how this release lays the states out, so that a change
-there needs none here.
+Upstream ships a connector of its own for debugging, which writes files.  Two of the
+functions below ask it how this release lays the states out, so that a change there
+needs none here.
 """
 
 from __future__ import annotations
@@ -11,8 +11,15 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+import vllm.exceptions
 from torch import Tensor
 from vllm.distributed.kv_transfer.kv_connector.v1 import example_hidden_states_connector as upstream
+
+#: What vLLM raises for a prompt or a setting that it refuses; the second one is newer.
+REFUSALS: tuple[type[Exception], ...] = (
+    ValueError,
+    getattr(vllm.exceptions, "VLLMClientError", ValueError),
+)
 
 #: Part of the name of the only layer whose cache holds hidden states.
 _CACHE_ONLY = "cache_only_layers"
