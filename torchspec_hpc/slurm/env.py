@@ -73,7 +73,7 @@ def attempt(environ: Mapping[str, str]) -> int:
 
 
 def expand_nodelist(nodelist: str) -> tuple[str, ...]:
-    """Node names of a host list expression such as ``n[1-3,07]-ib,login``.
+    """Node names of a host list expression such as ``n[1-3,07],login``.
 
     Raises:
         SlurmEnvironmentError: The expression has unbalanced or malformed brackets.
@@ -82,7 +82,7 @@ def expand_nodelist(nodelist: str) -> tuple[str, ...]:
     for item in re.split(r",(?![^\[]*\])", nodelist):
         expanded = [""]
         for literal, ranges in re.findall(r"([^\[\]]+)|\[([^\[\]]*)\]", item):
-            parts = _expand_ranges(ranges, nodelist) if ranges else [literal]
+            parts = [literal] if literal else _expand_ranges(ranges, nodelist)
             expanded = [name + part for name in expanded for part in parts]
         if not expanded[0] or item.count("[") != item.count("]"):
             raise SlurmEnvironmentError(f"{nodelist!r} is no list of nodes")
@@ -107,11 +107,13 @@ def node_addresses(nodes: Iterable[str]) -> dict[str, str]:
         timeout=_SCONTROL_S,
         check=False,
     )
-    if done.returncode:
-        raise SlurmEnvironmentError(f"scontrol show node failed: {done.stderr.strip()}")
     found = dict(re.findall(r"^NodeName=(\S+) .*?\bNodeAddr=(\S+)", done.stdout, re.MULTILINE))
-    if missing := set(wanted) - set(found):
-        raise SlurmEnvironmentError(f"scontrol show node says nothing of {sorted(missing)}")
+    if missing := sorted(set(wanted) - set(found)):
+        said = [line for line in done.stdout.splitlines() if not line.startswith("NodeName=")]
+        raise SlurmEnvironmentError(
+            f"scontrol show node gives no address of {', '.join(missing)}: "
+            + "; ".join([*said, *done.stderr.splitlines()])
+        )
     return {node: found[node] for node in wanted}
 
 

@@ -1,0 +1,45 @@
+"""Reading what Slurm's clients print."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.slurm.cluster import Cluster
+from torchspec_hpc.slurm.scheduler import GONE, JobInfo, job_infos, parse_sacct
+
+#: As sacct printed it on a cluster with slurmdbd: het jobs are J+0, J+1.
+SACCT = """\
+12+0|RUNNING|0:0|infer0
+12+1|RUNNING|0:0|train[0-1]
+14+0|CANCELLED by 1000|0:15|infer0
+14+1|CANCELLED by 1000|0:15|train0
+16|FAILED|85:0|n7
+18|PENDING|0:0|None assigned
+"""
+
+
+def test_reads_sacct() -> None:
+    infos = parse_sacct(SACCT)
+    assert infos["12"] == JobInfo("12", "RUNNING", nodes="infer0")
+    assert infos["14"] == JobInfo("14", "CANCELLED", exit_code=-15, nodes="infer0")
+    assert infos["16"].exit_code == 85
+    assert not infos["18"].ended
+    assert sorted(infos) == ["12", "14", "16", "18"]
+
+
+@pytest.mark.slurm
+def test_asks_for_several_jobs_at_once(login_node: Cluster) -> None:
+    fails = login_node.sbatch("--output=/dev/null", "--wrap=exit 85")
+    waits = login_node.sbatch("--output=/dev/null", "--hold", "--wrap=true")
+    login_node.wait_state(fails)
+    infos = job_infos([fails, waits, "99999"])
+    assert (infos[fails].state, infos[fails].exit_code) == ("FAILED", 85)
+    assert infos[fails].nodes == "infer0"
+    assert infos[waits].state == "PENDING"
+    assert infos[waits].reason == "JobHeldUser"
+    assert infos[waits].exit_code is None
+    assert infos[waits].restarts == 0
+    assert infos["99999"] == JobInfo("99999", GONE)
+    assert infos["99999"].ended
+    assert job_infos(["99999"])["99999"].state == GONE
+    login_node.cancel(waits)
