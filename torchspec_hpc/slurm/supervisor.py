@@ -186,7 +186,8 @@ class Supervisor:
         write_atomic(self._run.stop, {"reason": number.name, "time": time.time()})
 
     def _act_on_fate(self, fate: JobFate) -> None:
-        _logger.info("%s", fate.value)
+        if fate is not JobFate.RUNNING:
+            _logger.info("%s", fate.value)
         if fate is JobFate.TIME_LIMIT:
             ending = Ending(EXIT_REQUEUE, "the time limit was reached")
             self._history.end(ending.exit_code, ending.message)
