@@ -12,22 +12,30 @@ import itertools
 import logging
 import threading
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from torchspec_hpc.config.schema import ControlConfig
-from torchspec_hpc.errors import DeadlineExceeded, TorchspecError
+from torchspec_hpc.errors import TorchspecError
 from torchspec_hpc.transfer.buffers import BufferPool
 from torchspec_hpc.transfer.control import ControlClient
-from torchspec_hpc.transfer.messages import Receipt, Refusal, Request, encode_tokens
+from torchspec_hpc.transfer.messages import (
+    TOKEN_BYTES,
+    Receipt,
+    Refusal,
+    Request,
+    encode_tokens,
+)
 from torchspec_hpc.transfer.store import HiddenStateStore, ObjectGone
+from torchspec_hpc.transfer.ticket import Ticket
 
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.05
+_RETRY_PAUSE_S = 0.1  # after the first failure, four times as long after each further one
 _CLOSE_S = 60.0  # the longest call under way: Mooncake gives up after 30 s
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -57,39 +65,6 @@ class FeedStats:
     num_duplicates: int = 0
 
 
-@dataclass
-class _Ticket:
-    """A sample that was asked for and not yet taken.
-
-    Attributes:
-        name: As the trainer calls it.
-        token_ids: int32, little endian.
-        submitted: Clock of the first request.
-        asked: Clock of the last request, or of the last look that found it queued.
-        place: Requests ever pushed when the last one was, itself included.
-        num_tries: Requests sent, and deadlines missed in the queue.
-        keys: Of every request sent; the last one is current.
-        status: For the user, should it never arrive.
-        states: [T, A + 1, H], once here.
-        error: What :meth:`HiddenStateFeed.take` raises instead.
-    """
-
-    name: str
-    token_ids: bytes
-    submitted: float
-    asked: float = 0.0
-    place: int = 0
-    num_tries: int = 0
-    keys: list[str] = field(default_factory=list)
-    status: str = "not sent yet"
-    states: torch.Tensor | None = None
-    error: Exception | None = None
-
-    @property
-    def settled(self) -> bool:
-        return self.states is not None or self.error is not None
-
-
 class HiddenStateFeed:
     """Asks for samples and hands out their hidden states, in any order.
 
@@ -117,12 +92,15 @@ class HiddenStateFeed:
         self._rank = rank
         self._deadline_s = control_config.request_deadline_s
         self._max_tries = control_config.request_max_tries
+        self._queued_limit_s = max(
+            control_config.engine_ready_s, self._deadline_s * self._max_tries
+        )
         self._key_prefix = f"{run_id_attempt}/{rank}"
         self._serial = itertools.count()
         self._segment = store.segment
         self._pool = BufferPool(store)
         self._stats = FeedStats()
-        self._tickets: dict[str, _Ticket] = {}
+        self._tickets: dict[str, Ticket] = {}
         self._changed = threading.Condition()  # guards all that both threads write
         self._crash: Exception | None = None
         self._closing = threading.Event()
@@ -138,7 +116,7 @@ class HiddenStateFeed:
         """
         if token_ids.ndim != 1 or token_ids.size == 0:
             raise ValueError(f"token_ids of {ticket!r} have shape {token_ids.shape}; allowed: [T]")
-        entry = _Ticket(ticket, encode_tokens(token_ids), submitted=time.monotonic())
+        entry = Ticket(ticket, encode_tokens(token_ids))
         with self._changed:
             if self._crash is not None:
                 raise self._crash
@@ -157,23 +135,27 @@ class HiddenStateFeed:
 
         Raises:
             SampleFailed: No engine can serve it.
-            DeadlineExceeded: It did not come in ``request_max_tries`` deadlines.
+            DeadlineExceeded: ``request_max_tries`` requests were not answered, or no
+                engine took the request for ``engine_ready_s`` seconds.
             ControlLost: The control store is gone.
             StoreUnavailable: The Mooncake master is gone.
         """
         start = time.monotonic()
-        # the thread settles a ticket in max_tries deadlines; one more if it hangs itself
-        limit_s = self._deadline_s * (self._max_tries + 1)
+        # the thread settles every ticket before that, unless it hangs itself
+        limit_s = self._queued_limit_s + self._deadline_s * (self._max_tries + 1)
         with self._changed:
             entry = self._tickets.get(ticket)
             if entry is None:
                 raise ValueError(f"ticket {ticket!r} was never submitted, or is taken")
             self._changed.wait_for(lambda: entry.settled or self._crash, limit_s)
             self._stats.wait_s += time.monotonic() - start
-            if entry.states is None:
-                raise entry.error or self._crash or self._too_late(entry)
-            self._stats.num_samples += 1
+            if not entry.settled:
+                raise self._crash or entry.too_late()
             del self._tickets[ticket]
+            if entry.error is not None:
+                raise entry.error
+            assert entry.states is not None
+            self._stats.num_samples += 1
             return entry.states
 
     def stats(self) -> FeedStats:
@@ -214,10 +196,10 @@ class HiddenStateFeed:
         elif reply.permanent:
             self._settle(entry, error=SampleFailed(f"sample {entry.name!r}: {reply.reason}"))
         elif reply.key == entry.keys[-1]:
-            self._retry(entry, f"refused: {reply.reason}")
+            self._postpone(entry, f"refused: {reply.reason}")
 
-    def _fetch(self, entry: _Ticket, receipt: Receipt) -> None:
-        num_tokens = len(entry.token_ids) // 4
+    def _fetch(self, entry: Ticket, receipt: Receipt) -> None:
+        num_tokens = len(entry.token_ids) // TOKEN_BYTES
         if receipt.shape[0] != num_tokens or receipt.dtype not in _DTYPES:
             problem = (
                 f"engine {receipt.engine} answered sample {entry.name!r} of {num_tokens} tokens "
@@ -232,7 +214,7 @@ class HiddenStateFeed:
             self._store.get_into(receipt.key, states)
         except ObjectGone as error:
             if receipt.key == entry.keys[-1]:
-                self._retry(entry, f"engine {receipt.engine} served it, then it was lost: {error}")
+                self._postpone(entry, f"engine {receipt.engine} served it, then: {error}")
             return
         self._stats.get_s += time.monotonic() - start
         self._stats.num_bytes += states.nbytes
@@ -244,36 +226,37 @@ class HiddenStateFeed:
     def _check_deadlines(self) -> None:
         now = time.monotonic()
         with self._changed:
-            late = [
-                entry
-                for entry in self._tickets.values()
-                if not entry.settled and now - entry.asked > self._deadline_s
-            ]
-        if not late:
+            due = [e for e in self._tickets.values() if not e.settled and now >= e.due]
+        if not due:
             return
         num_taken = self._control.requests_taken()
-        for entry in late:
-            if entry.place > num_taken:
-                # asking again would only make the queue longer
-                self._retry(entry, "no engine has taken it from the queue", send=False)
+        for entry in due:
+            if entry.place > num_taken:  # asking again would only make the queue longer
+                entry.status = "no engine has taken it from the queue"
+                entry.due = now + self._deadline_s
+                if now - entry.submitted > self._queued_limit_s:
+                    self._settle(entry, error=entry.too_late())
             else:
-                self._retry(entry, "an engine took it and never answered")
+                self._retry(entry)
 
-    def _retry(self, entry: _Ticket, status: str, *, send: bool = True) -> None:
-        entry.status = status
-        if entry.num_tries >= self._max_tries:
-            self._settle(entry, error=self._too_late(entry))
+    def _retry(self, entry: Ticket) -> None:
+        if entry.place:
+            entry.status = "an engine took it and never answered"
+        if len(entry.keys) >= self._max_tries:
+            self._settle(entry, error=entry.too_late())
             return
-        log.warning("sample %s, try %d: %s", entry.name, entry.num_tries, status)
-        if send:
-            with self._changed:
-                self._stats.num_retries += 1
-                self._send(entry)
-        else:
-            entry.num_tries += 1
-            entry.asked = time.monotonic()
+        log.warning("sample %s, request %d: %s", entry.name, len(entry.keys), entry.status)
+        with self._changed:
+            self._stats.num_retries += 1
+            self._send(entry)
 
-    def _send(self, entry: _Ticket) -> None:
+    def _postpone(self, entry: Ticket, status: str) -> None:
+        """Has a failed request retried after a pause: what broke may need a moment."""
+        entry.status, entry.place = status, 0
+        pause_s = _RETRY_PAUSE_S * 4 ** (len(entry.keys) - 1)
+        entry.due = time.monotonic() + min(pause_s, self._deadline_s)
+
+    def _send(self, entry: Ticket) -> None:
         """Pushes a request under a new key; the lock is held."""
         # a serial number, since a ticket's name may be used again
         key = f"{self._key_prefix}/{entry.name}/{next(self._serial)}"
@@ -281,14 +264,13 @@ class HiddenStateFeed:
             entry.name, len(entry.keys), self._rank, self._segment, key, entry.token_ids
         )
         entry.keys.append(key)
-        entry.num_tries += 1
-        entry.asked = time.monotonic()
+        entry.due = time.monotonic() + self._deadline_s
         entry.place = self._control.push_request(request)
         entry.status = "in the queue"
 
     def _settle(
         self,
-        entry: _Ticket,
+        entry: Ticket,
         *,
         states: torch.Tensor | None = None,
         error: Exception | None = None,
@@ -296,11 +278,3 @@ class HiddenStateFeed:
         with self._changed:
             entry.states, entry.error = states, error
             self._changed.notify_all()
-
-    def _too_late(self, entry: _Ticket) -> DeadlineExceeded:
-        return DeadlineExceeded(
-            f"the hidden states of sample {entry.name!r} ({entry.num_tries} tries; "
-            f"last known: {entry.status})",
-            time.monotonic() - entry.submitted,
-            hint="see the inference logs, control.request_deadline_s and request_max_tries",
-        )

@@ -20,6 +20,7 @@ MAX_MESSAGE_BYTES = 4 * 1024**2
 _MAC_BYTES = hashlib.sha256().digest_size
 _MIN_SECRET_BYTES = 16
 _TOKEN_DTYPE = np.dtype("<i4")
+TOKEN_BYTES = _TOKEN_DTYPE.itemsize
 
 
 Scalar = int | float | str | bool | None
@@ -168,6 +169,6 @@ def encode_tokens(token_ids: npt.NDArray[np.integer]) -> bytes:
 
 def decode_tokens(data: bytes) -> npt.NDArray[np.int32]:
     """The int32 token ids [T] in ``data``; the array is read only."""
-    if len(data) % _TOKEN_DTYPE.itemsize:
+    if len(data) % TOKEN_BYTES:
         raise MessageError(f"{len(data)} bytes are no int32 token ids")
     return np.frombuffer(data, dtype=_TOKEN_DTYPE)

@@ -1,0 +1,52 @@
+"""What a trainer knows of a sample it has asked for."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from torchspec_hpc.errors import DeadlineExceeded
+
+
+@dataclass
+class Ticket:
+    """A sample that was asked for and is not yet taken.
+
+    Attributes:
+        name: As the trainer calls it.
+        token_ids: int32, little endian.
+        submitted: Clock of the first request.
+        due: Clock at which to look after it.
+        place: Requests ever pushed when the last one was, itself included; 0 once
+            that one has failed.
+        keys: Of every request sent; the last one is current.
+        status: For the user, should it never arrive.
+        states: [T, A + 1, H], once here.
+        error: What taking it raises instead.
+    """
+
+    name: str
+    token_ids: bytes
+    submitted: float = field(default_factory=time.monotonic)
+    due: float = 0.0
+    place: int = 0
+    keys: list[str] = field(default_factory=list)
+    status: str = "not sent yet"
+    states: torch.Tensor | None = None
+    error: Exception | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing more is to be done for it."""
+        return self.states is not None or self.error is not None
+
+    def too_late(self) -> DeadlineExceeded:
+        """The error that says what was waited for, and what became of it."""
+        return DeadlineExceeded(
+            f"the hidden states of sample {self.name!r} "
+            f"({len(self.keys)} requests; last known: {self.status})",
+            time.monotonic() - self.submitted,
+            hint="see the inference logs; control.{request_deadline_s,request_max_tries}",
+        )
