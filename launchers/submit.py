@@ -20,8 +20,8 @@ from torchspec_hpc.slurm.submit import submit
 def main(config: str, *overrides: str) -> int:
     """Returns 0 if the run is complete."""
     submitted = submit(load_config(config, overrides))
-    start = submitted.estimate.time if submitted.estimate else "unknown"
-    print(f"job {submitted.job_id}  estimated start {start}  {submitted.run.root}", flush=True)
+    start = submitted.earliest_start or "unknown"
+    print(f"job {submitted.job_id}  earliest start {start}  {submitted.run.root}", flush=True)
     try:
         return submitted.job.result()
     except FailedJobError as error:

@@ -109,8 +109,10 @@ def test_takes_one_command(tmp_path: Path) -> None:
     executor = HetSlurmExecutor(small_config(tmp_path), RunDir(tmp_path / "small"))
     with pytest.raises(ValueError, match="no arrays of heterogeneous jobs"):
         executor.map_array(CommandFunction(["true"]), [1, 2])
-    with pytest.raises(TypeError, match="not a builtin_function_or_method"):
+    with pytest.raises(TypeError, match="CommandFunction without arguments, not <built-in"):
         executor.submit(print)
+    with pytest.raises(TypeError, match="without arguments"):
+        executor.submit(CommandFunction(["echo"]), "dropped")
 
 
 def _wait_for_line(job: HetSlurmJob, line: str) -> None:

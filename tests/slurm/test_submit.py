@@ -19,7 +19,7 @@ from torchspec_hpc.config.rundir import RunDir
 from torchspec_hpc.config.schema import Config
 from torchspec_hpc.errors import ConfigError, UserError
 from torchspec_hpc.slurm.prepare import RunRecord, check_allocation, prepare_run
-from torchspec_hpc.slurm.scheduler import find_jobs, job_info
+from torchspec_hpc.slurm.scheduler import count_nodes, find_jobs, job_info
 from torchspec_hpc.slurm.submit import submit
 
 
@@ -40,7 +40,7 @@ def test_submit_resume_and_refusals(login_node: Cluster, tmp_path: Path) -> None
     assert RunRecord.read(run) == RunRecord(run.run_id, "slurm", job_id)
     assert find_jobs(comment=run.run_id) == [job_id]
     assert job_info(job_id).state == "PENDING"
-    assert submitted.estimate is None or submitted.estimate.nodes
+    assert submitted.earliest_start is not None
     script = (run.attempt_dir(0) / "train_het.sbatch").read_text()
     assert script.endswith(f"-u -m torchspec_hpc.slurm.supervisor --run-dir {run.root}\n")
 
@@ -85,6 +85,17 @@ def test_refused_by_slurm(
     with pytest.raises(UserError, match=f"(?s)Slurm refuses the job: .*{message}.*next: "):
         submit(config)
     assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.slurm
+def test_components_that_cannot_be_disjoint(login_node: Cluster, tmp_path: Path) -> None:
+    """Slurm accepts such a job and never starts it."""
+    config = small_config(tmp_path, training={"partition": "infer", "mem": "300M"})
+    with pytest.raises(ConfigError, match=r"needs 3 nodes, .*; infer has 2\n"):
+        submit(config)
+    assert count_nodes(["infer", "train"]) == 4
+    assert count_nodes([None, "train,infer"]) == 4  # infer is the default
+    assert count_nodes(["hidden"]) is None
 
 
 @pytest.mark.slurm

@@ -140,9 +140,10 @@ class HetSlurmExecutor(SlurmExecutor):
     ) -> list[Job[Any]]:
         if len(delayed_submissions) > 1:
             raise ValueError("Slurm has no arrays of heterogeneous jobs: submit one run at a time")
-        function = delayed_submissions[0].function
-        if not isinstance(function, CommandFunction):
-            raise TypeError(f"a het job runs a CommandFunction, not a {type(function).__name__}")
+        (delayed,) = delayed_submissions
+        function = delayed.function
+        if not isinstance(function, CommandFunction) or delayed.args or delayed.kwargs:
+            raise TypeError(f"a het job runs a CommandFunction without arguments, not {function!r}")
         self.folder.mkdir(parents=True, exist_ok=True)
         return [self._submit_command(shlex.join(function.command))]
 

@@ -26,7 +26,7 @@ ENDED = frozenset(
 _CLIENT_S = 60.0
 _SQUEUE_FIELDS = ("JobID", "State", "exit_code", "RestartCnt", "Reason", "NodeList")
 _SACCT_FIELDS = ("JobID", "State", "ExitCode", "NodeList")
-_ESTIMATE = re.compile(r"to start at (\S+) using \d+ processors on (?:nodes )?(\S+)")
+_ESTIMATE = re.compile(r"to start at (\S+) using")
 
 
 class SchedulerError(TorchspecError):
@@ -57,14 +57,6 @@ class JobInfo:
     def ended(self) -> bool:
         """Whether nothing will happen to this job any more."""
         return self.state in ENDED
-
-
-@dataclass(frozen=True)
-class StartEstimate:
-    """When and where the job would start if nothing else changed."""
-
-    time: str
-    nodes: str
 
 
 def job_infos(job_ids: Iterable[str]) -> dict[str, JobInfo]:
@@ -119,11 +111,12 @@ def sbatch_command(*arguments: str) -> list[str]:
     return ["env", *(f"--unset={name}" for name in stale), "sbatch", *arguments]
 
 
-def check_submission(script: str) -> StartEstimate | None:
+def check_submission(script: str) -> str | None:
     """Asks Slurm whether it would accept a batch script, without submitting it.
 
     Returns:
-        When the job would start, if Slurm can say.
+        The earliest start, as Slurm writes times, if it can say. It looks at each component
+        as if there were no other.
 
     Raises:
         UserError: There is no Slurm here, or it refuses the script.
@@ -132,7 +125,32 @@ def check_submission(script: str) -> StartEstimate | None:
     if done.returncode:
         raise refused(done.stderr)
     match = _ESTIMATE.search(done.stderr)
-    return StartEstimate(time=match[1], nodes=match[2]) if match else None
+    return match[1] if match else None
+
+
+def count_nodes(partitions: Iterable[str | None]) -> int | None:
+    """Number of different nodes in these partitions taken together; None: the default one.
+
+    Returns:
+        None where one of them is hidden.
+
+    Raises:
+        UserError: There is no Slurm here.
+        SchedulerError: The controller does not answer.
+    """
+    done = run_client(["sinfo", "--noheader", "--Node", "--format=%P|%N"])
+    if done.returncode:
+        raise SchedulerError(f"sinfo failed: {done.stderr.strip()}")
+    nodes: dict[str | None, set[str]] = {}
+    for line in done.stdout.splitlines():
+        partition, node = line.split("|")
+        nodes.setdefault(partition.rstrip("*"), set()).add(node)
+        if partition.endswith("*"):
+            nodes.setdefault(None, set()).add(node)
+    names = [name for p in partitions for name in (p.split(",") if p else [None])]
+    if not set(names) <= set(nodes):
+        return None
+    return len(set().union(*(nodes[name] for name in names)))
 
 
 def refused(stderr: str) -> UserError:

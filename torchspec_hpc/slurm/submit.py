@@ -22,7 +22,7 @@ from torchspec_hpc.slurm.prepare import (
     run_directory,
 )
 from torchspec_hpc.slurm.render import render_script, supervisor_command
-from torchspec_hpc.slurm.scheduler import StartEstimate, check_submission, refused
+from torchspec_hpc.slurm.scheduler import check_submission, count_nodes, refused
 
 __all__ = ["SubmittedRun", "prepare_run", "submit"]
 
@@ -36,12 +36,12 @@ class SubmittedRun:
     Attributes:
         run: Its directory.
         job: The submitit job.
-        estimate: When and where Slurm would start it, if it can say.
+        earliest_start: As Slurm writes times, if it can say.
     """
 
     run: RunDir
     job: Job[Any]
-    estimate: StartEstimate | None
+    earliest_start: str | None
 
     @property
     def job_id(self) -> str:
@@ -68,7 +68,8 @@ def submit(config: Config, *, resume: bool = False) -> SubmittedRun:
     run = run_directory(config)
     check_run(run, resume=resume)
     check_not_queued(run)
-    estimate = check_submission(render_script(config, run))
+    _check_disjoint(config)
+    earliest_start = check_submission(render_script(config, run))
     prepare_run(config, resume=resume)
     executor = HetSlurmExecutor(config, run, attempt=len(History(run).attempts))
     try:
@@ -77,4 +78,17 @@ def submit(config: Config, *, resume: bool = False) -> SubmittedRun:
         raise refused(str(error)) from error
     RunRecord(run.run_id, config.cluster, job_id=job.job_id).write(run)
     logger.info("job %s submitted: %s", job.job_id, run.root)
-    return SubmittedRun(run=run, job=job, estimate=estimate)
+    return SubmittedRun(run=run, job=job, earliest_start=earliest_start)
+
+
+def _check_disjoint(config: Config) -> None:
+    """Components of a het job never share a node: with too few nodes it would wait for ever."""
+    needed = config.inference.num_nodes + config.training.training_num_nodes
+    partitions = [config.slurm.inference.partition, config.slurm.training.partition]
+    available = count_nodes(partitions)
+    if available is not None and available < needed:
+        names = ", ".join(sorted({name or "the default partition" for name in partitions}))
+        raise ConfigError(
+            f"the job needs {needed} nodes, no two components on the same; {names} has {available}",
+            hint="ask for fewer nodes in inference or training, or for other partitions in slurm",
+        )
