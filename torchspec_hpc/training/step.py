@@ -75,19 +75,19 @@ class Eagle3Step:
         """Trains on one optimizer step's micro-batches of this rank.
 
         Args:
-            batches: As many on every rank.
+            batches: On the CPU, as many on every rank.
             flag: Any rank's flag becomes every rank's ``flagged``; it rides an all-reduce.
         """
-        prepared = [self._prepare(batch) for batch in batches]
-        trained = sum(supervised.trained.sum(1) for *_, supervised in prepared)
-        assert isinstance(trained, Tensor)
+        choices = [self._choices(self._on_device(batch)) for batch in batches]
+        trained = torch.stack([supervised.trained.sum(1) for _, supervised in choices]).sum(0)
         shared = sum_over_ranks(torch.cat([trained, trained.new_tensor([flag])]))
         num_trained, flags = shared[:-1], shared[-1]
         sums = self._no_sums()
-        for index, (batch, argmax, supervised) in enumerate(prepared):
-            self._sharded.set_requires_gradient_sync(index == len(prepared) - 1)
+        for index, (batch, (argmax, supervised)) in enumerate(zip(batches, choices, strict=True)):
+            self._sharded.set_requires_gradient_sync(index == len(batches) - 1)
+            # moved once more: the device holds the hidden states of one micro-batch at a time
             output: TTTOutput = self._draft(
-                batch, self._head, argmax, supervised, num_trained, self._weights
+                self._on_device(batch), self._head, argmax, supervised, num_trained, self._weights
             )
             # FSDP averages gradients over ranks; the loss is a sum over them
             (output.loss * self._world.size).backward()  # type: ignore[no-untyped-call]
@@ -104,13 +104,14 @@ class Eagle3Step:
         """Measures the draft without changing it.
 
         Args:
-            batches: As many on every rank.
+            batches: On the CPU, as many on every rank.
 
         Returns:
             ``[4, K]`` float64, of this rank; see :class:`StepResult`.
         """
         sums = self._no_sums()
-        for batch, argmax, supervised in map(self._prepare, batches):
+        for batch in map(self._on_device, batches):
+            argmax, supervised = self._choices(batch)
             trained = supervised.trained.sum(1)
             sums += _sums(
                 self._draft(batch, self._head, argmax, supervised, trained, self._weights)
@@ -118,11 +119,14 @@ class Eagle3Step:
         self._sharded.reshard()  # the last forward left the parameters whole
         return sums
 
+    def _on_device(self, batch: PackedBatch) -> PackedBatch:
+        return batch.to(self._world.device, self._dtype)
+
     @torch.no_grad()
-    def _prepare(self, batch: PackedBatch) -> tuple[PackedBatch, Tensor, Supervision]:
-        batch = batch.to(self._world.device, self._dtype)
+    def _choices(self, batch: PackedBatch) -> tuple[Tensor, Supervision]:
+        """The target's choices [N], and which predictions count."""
         argmax = target_argmax(self._head, batch.last, scored_rows(batch))
-        return batch, argmax, supervision(batch, argmax, self._draft.t2d, self._ttt_length)
+        return argmax, supervision(batch, argmax, self._draft.t2d, self._ttt_length)
 
     def _no_sums(self) -> Tensor:
         return torch.zeros(4, len(self._weights), dtype=torch.float64, device=self._world.device)

@@ -74,7 +74,7 @@ class Trainer:
         self._schedule = Schedule.from_config(config.training, num_steps)
         self._meter = Meter(world, step_weights(config.training))
         self._metrics: MetricsWriter | None = None
-        self._skipped = self._skipped_in_a_row = 0
+        self._skipped = SkippedSteps()
 
     def run(self) -> int:
         """Trains.
@@ -119,7 +119,7 @@ class Trainer:
         self._progress = Progress(
             self._progress.step + 1, self._progress.cursor + self._samples_per_step
         )
-        self._count_skipped(result)
+        self._skipped.count(self._progress.step, result)
         costs = _costs(data, before, self._feed.stats(), time.monotonic() - start)
         values = self._meter.measure(result, costs)
         if self._evaluation is not None and self._evaluation_is_due():
@@ -127,21 +127,6 @@ class Trainer:
         if self._metrics is not None:
             self._report(values | {"train/lr": learning_rate})
         return result.flagged
-
-    def _count_skipped(self, result: StepResult) -> None:
-        if result.applied:
-            self._skipped_in_a_row = 0
-            return
-        self._skipped += 1
-        self._skipped_in_a_row += 1
-        step = self._progress.step
-        logger.warning("step %d skipped: its gradient norm is %s", step, result.grad_norm)
-        if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-            raise TorchspecError(
-                f"the gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, "
-                f"up to step {step}\n"
-                "  next:    lower training.learning_rate, or use training.compute_dtype: float32"
-            )
 
     def _evaluation_is_due(self) -> bool:
         step = self._progress.step
@@ -159,7 +144,7 @@ class Trainer:
         """Writes the step's numbers, and now and then a line for people."""
         assert self._metrics is not None
         step = self._progress.step
-        values["train/skipped_steps"] = self._skipped
+        values["train/skipped_steps"] = self._skipped.num_skipped
         values["train/epoch"] = self._progress.cursor / self._num_samples
         is_told = step % self._config.logging.log_interval == 0
         if is_told:
@@ -177,6 +162,37 @@ class Trainer:
                 values["train/grad_norm"],
                 values["throughput/tokens_per_s"],
                 100 * values["throughput/wait_share"],
+            )
+
+
+class SkippedSteps:
+    """Counts steps whose gradient was not finite.
+
+    Attributes:
+        num_skipped: Of this attempt.
+        num_in_a_row: Up to now.
+    """
+
+    def __init__(self) -> None:
+        self.num_skipped = self.num_in_a_row = 0
+
+    def count(self, step: int, result: StepResult) -> None:
+        """Takes note of a step.
+
+        Raises:
+            TorchspecError: It is the last straw.
+        """
+        if result.applied:
+            self.num_in_a_row = 0
+            return
+        self.num_skipped += 1
+        self.num_in_a_row += 1
+        logger.warning("step %d skipped: its gradient norm is %s", step, result.grad_norm)
+        if self.num_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            raise TorchspecError(
+                f"the gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, "
+                f"up to step {step}\n"
+                "  next:    lower training.learning_rate, or use training.compute_dtype: float32"
             )
 
 
