@@ -163,7 +163,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def plain_vllm(context: Any) -> Callable[[Sequence[np.ndarray]], None]:
     """VLLM with our arguments, less those that capture."""
-    from torchspec_hpc.inference.engines.vllm import environment, llm_arguments
+    from torchspec_hpc.inference.engines.vllm_arguments import environment, llm_arguments
 
     os.environ.update(environment(context))
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)

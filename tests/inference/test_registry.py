@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.inference.conftest import context_of, make_run
 from tests.services import local_endpoints
@@ -16,10 +17,15 @@ from torchspec_hpc.inference.engines.registry import create_engine
 
 @pytest.fixture
 def context(tmp_path: Path, tiny_target: Path) -> object:
-    def build(engine: str) -> EngineContext:
+    def build(engine: str, device: str = "cpu") -> EngineContext:
         endpoints = local_endpoints("127.0.0.1:1", "127.0.0.1:2")
         return context_of(
-            make_run(tmp_path / "run", tiny_target, endpoints, inference={"engine": engine})
+            make_run(
+                tmp_path / "run",
+                tiny_target,
+                endpoints,
+                inference={"engine": engine, "device": device},
+            )
         )
 
     return build
@@ -37,3 +43,10 @@ def test_an_engine_that_is_not_installed(context, monkeypatch: pytest.MonkeyPatc
         ConfigError, match=r"the package vllm is not installed\n.*\[vllm\].*\[cpu\]"
     ):
         create_engine(context("vllm"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ["hf", "vllm"])
+def test_a_gpu_that_is_not_there(context, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"inference\.device is cuda and torch finds no GPU"):
+        create_engine(context(name, device="cuda"))

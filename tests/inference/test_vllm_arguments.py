@@ -12,7 +12,7 @@ from tests.services import local_endpoints
 from torchspec_hpc.config import RunDir
 from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.inference.engines.base import EngineContext
-from torchspec_hpc.inference.engines.vllm import (
+from torchspec_hpc.inference.engines.vllm_arguments import (
     capture_arguments,
     check_extra_args,
     environment,
@@ -23,7 +23,9 @@ from torchspec_hpc.target.spec import TargetSpec
 
 
 @pytest.fixture
-def context(tmp_path: Path, tiny_target: Path) -> Any:
+def context(tmp_path: Path, tiny_target: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # arguments for GPUs, too
+
     def build(device: str = "cpu", max_seq_length: int = 200, **inference: Any) -> EngineContext:
         settings = {"engine": "vllm", "device": device, **inference}
         training = {"max_seq_length": max_seq_length}

@@ -65,9 +65,8 @@ class Heartbeat:
         self._control.heartbeat("inference", self._rank, asdict(self._progress))
 
     def stop(self) -> None:
-        """Ends the thread."""
+        """Lets the thread end; a beat may be under way."""
         self._stop.set()
-        self._thread.join()
 
     def _run(self) -> None:
         try:

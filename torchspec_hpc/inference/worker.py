@@ -8,6 +8,7 @@ their requesters.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -63,22 +64,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(config: Config, run: RunDir, endpoints: Endpoints, rank: int) -> None:
-    control = ControlClient(
-        endpoints.control, read_secret(run), timeout_s=config.control.service_ready_s
-    )
-    progress = Progress()
-    heartbeat = Heartbeat(control, rank, progress, config.control.heartbeat_s)
-    heartbeat.start()
-    spec = TargetSpec.from_path(config.model.target_model_path)
-    engine = create_engine(EngineContext(config, run, endpoints, spec))
-    try:
+    with contextlib.ExitStack() as cleanup:
+        control = ControlClient(
+            endpoints.control, read_secret(run), timeout_s=config.control.service_ready_s
+        )
+        cleanup.callback(control.close)
+        progress = Progress()
+        heartbeat = Heartbeat(control, rank, progress, config.control.heartbeat_s)
+        heartbeat.start()
+        cleanup.callback(heartbeat.stop)
+        spec = TargetSpec.from_path(config.model.target_model_path)
+        engine = create_engine(EngineContext(config, run, endpoints, spec))
+        cleanup.callback(engine.close)
         progress.ready = True
         heartbeat.beat()
         write_atomic(run.heartbeats / f"{ROLE}_{rank}.json", {"ready": True})  # for the supervisor
         _logger.info("engine %s is ready", config.inference.engine)
         Server(engine, control, rank, progress).serve(_stop)
-    finally:
-        engine.close()
 
 
 def _take_devices(config: Config, rank: int, num_ranks: int) -> None:

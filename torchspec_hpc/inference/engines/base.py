@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from torchspec_hpc.config import Config, RunDir
 from torchspec_hpc.config.endpoints import Endpoints
+from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.target.spec import TargetSpec
 
 Device = Literal["cpu", "cuda"]
@@ -119,12 +120,20 @@ class EngineContext:
 
     @cached_property
     def device(self) -> Device:
-        """Where the target runs."""
-        if self.config.inference.device != "auto":
-            return self.config.inference.device
+        """Where the target runs.
+
+        Raises:
+            ConfigError: On a GPU, says the configuration, and there is none.
+        """
         import torch
 
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        configured, found = self.config.inference.device, torch.cuda.is_available()
+        if configured == "cuda" and not found:
+            raise ConfigError(
+                "inference.device is cuda and torch finds no GPU",
+                hint="check the job's GPUs and the installed torch, or set inference.device=cpu",
+            )
+        return configured if configured != "auto" else "cuda" if found else "cpu"
 
     @property
     def dtype(self) -> str:

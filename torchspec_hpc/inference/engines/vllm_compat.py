@@ -14,6 +14,10 @@ import torch
 import vllm.exceptions
 from torch import Tensor
 from vllm.distributed.kv_transfer.kv_connector.v1 import example_hidden_states_connector as upstream
+from vllm.platforms import current_platform
+
+#: ``cpu`` or ``cuda``: what this build of vLLM runs on.
+DEVICE = str(current_platform.device_type)
 
 #: What vLLM raises for a prompt or a setting that it refuses; the second one is newer.
 REFUSALS: tuple[type[Exception], ...] = (
