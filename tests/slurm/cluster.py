@@ -11,13 +11,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -26,6 +24,7 @@ from typing_extensions import Self
 
 from tests.slurm.keeper import descendants
 from tests.slurm.network import isolated_nodes
+from tests.slurm.slurm_conf import Layout, slurm_conf
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 _DAEMONS = ("munged", "slurmctld", "slurmd", "slurmstepd", "slurmscriptd")
@@ -39,31 +38,6 @@ _ENDING = ("COMPLETING", "REQUEUED")
 def missing_programs() -> list[str]:
     """Programs of Slurm and munge that this machine lacks."""
     return [name for name in _PROGRAMS if shutil.which(name) is None]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What the cluster looks like.
-
-    Attributes:
-        partitions: Partition name to number of nodes; nodes are called ``<partition><i>``.
-        cpus: Per node, whatever the machine has.
-        memory_mb: Per node, likewise.
-        gpus: Fake GPUs per node, one or more (``/dev/null`` under another name).
-        isolated_network: One network and UTS namespace per node. Needs root.
-        options: Further lines of slurm.conf; they replace ours of the same name.
-    """
-
-    partitions: Mapping[str, int] = field(default_factory=lambda: {"infer": 2, "train": 2})
-    cpus: int = 16
-    memory_mb: int = 16000
-    gpus: int = 4
-    isolated_network: bool = False
-    options: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def nodes(self) -> list[str]:
-        return [f"{name}{i}" for name, num in self.partitions.items() for i in range(num)]
 
 
 class Cluster:
@@ -218,7 +192,10 @@ class Cluster:
         key = self.root / "run" / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(128))
-        self.conf.write_text(self._slurm_conf())
+        own_hosts = bool(self._namespaces)
+        self.conf.write_text(
+            slurm_conf(self.root, self.layout, self._head, self.addresses, own_hosts=own_hosts)
+        )
         # slurmd loads a cgroup plugin even when nothing uses one, and finding the right version
         # by itself is fatal where /sys/fs/cgroup is not mounted
         self.conf.with_name("cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
@@ -232,62 +209,6 @@ class Cluster:
             "namespaces": self._namespaces,
         }
         (self.root / "layout.json").write_text(json.dumps(layout))
-
-    def _slurm_conf(self) -> str:
-        root, layout, host = self.root, self.layout, socket.gethostname()
-        user = subprocess.check_output(["id", "-un"], text=True).strip()
-        controller_port, *node_ports = _free_ports(1 + len(self.addresses))
-        options = {
-            "ClusterName": "test",
-            "SlurmctldHost": f"{host}({self._head})",
-            "SlurmctldPort": str(controller_port),
-            "SlurmUser": user,
-            "SlurmdUser": user,
-            "StateSaveLocation": f"{root}/state",
-            "SlurmdSpoolDir": f"{root}/spool/%n",
-            "SlurmctldPidFile": f"{root}/run/slurmctld.pid",
-            "SlurmdPidFile": f"{root}/run/slurmd-%n.pid",
-            "SlurmctldLogFile": f"{root}/log/slurmctld.log",
-            "SlurmdLogFile": f"{root}/log/slurmd-%n.log",
-            "AuthType": "auth/munge",
-            "CredType": "cred/munge",
-            # a requeued job waits for cred_expire; less than 5 is silently replaced by 120
-            "AuthInfo": f"socket={root}/run/munge.sock,cred_expire=5",
-            "ProctrackType": "proctrack/linuxproc",
-            "TaskPlugin": "task/none",
-            "JobAcctGatherType": "jobacct_gather/none",
-            "AccountingStorageType": "accounting_storage/none",
-            "MpiDefault": "none",
-            "SelectType": "select/cons_tres",
-            "SelectTypeParameters": "CR_Core_Memory",
-            "SchedulerType": "sched/backfill",
-            # het jobs are started by the backfill scheduler only, by default every 30 s
-            "SchedulerParameters": "bf_interval=1,bf_continue,sched_interval=5,"
-            "sched_min_interval=0,batch_sched_delay=0",
-            "SlurmdParameters": "config_overrides",  # believe CPUs and RealMemory below
-            "PropagateResourceLimits": "NONE",
-            "GresTypes": "gpu",
-            "ReturnToService": "2",
-            "KillWait": "2",  # seconds from SIGTERM to SIGKILL
-            # nodes are pinged every third of it, and without such an event the backfill
-            # scheduler does not look at a requeued job whose waiting time is over
-            "SlurmdTimeout": "30",
-            "MinJobAge": "3600",  # tests look at jobs after their end
-            "MailProg": "/bin/true",
-            **layout.options,
-        }
-        lines = [f"{key}={value}" for key, value in options.items()]
-        for (node, address), port in zip(self.addresses.items(), node_ports, strict=True):
-            own_host = node if self._namespaces else host
-            lines.append(
-                f"NodeName={node} NodeHostname={own_host} NodeAddr={address} Port={port} "
-                f"CPUs={layout.cpus} RealMemory={layout.memory_mb} Gres=gpu:{layout.gpus}"
-            )
-        for name, num in layout.partitions.items():
-            nodes = ",".join(f"{name}{i}" for i in range(num))
-            lines.append(f"PartitionName={name} Nodes={nodes} MaxTime=INFINITE DefMemPerCPU=100")
-        lines[-len(layout.partitions)] += " Default=YES"
-        return "\n".join(lines) + "\n"
 
 
 def wait_for(condition: Callable[[], bool], what: str, timeout_s: float = 30) -> None:
@@ -305,12 +226,3 @@ def log_tails(folder: Path) -> str:
         f"== {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-8:])
         for path in sorted(folder.iterdir())
     )
-
-
-def _free_ports(num: int) -> list[int]:
-    """Distinct TCP ports that were free a moment ago."""
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(num)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
