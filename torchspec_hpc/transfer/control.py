@@ -18,12 +18,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import queue
 import socket
-import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -32,6 +29,7 @@ from torch.distributed import DistError, QueueEmptyError, TCPStore  # type: igno
 
 from torchspec_hpc.config.endpoints import split_endpoint
 from torchspec_hpc.errors import TorchspecError
+from torchspec_hpc.transfer.calls import CallsEnded, CallThread
 from torchspec_hpc.transfer.messages import (
     Codec,
     Heartbeat,
@@ -75,12 +73,9 @@ class ControlClient:
         self._address = split_endpoint(endpoint)
         self._timeout_s = timeout_s
         self._codec = Codec(secret)
-        self._jobs: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = (
-            queue.SimpleQueue()
-        )
-        self._lost: ControlLost | None = None
+        self._lost = ControlLost(f"the client of {endpoint} is closed")
         self._announced: set[str] = set()  # heartbeat registries this connection is in
-        threading.Thread(target=self._run, name="control", daemon=True).start()
+        self._calls = CallThread("control")
         try:
             self._store: TCPStore = self._bounded(self._connect)
         except ControlLost:
@@ -201,9 +196,7 @@ class ControlClient:
 
     def close(self) -> None:
         """Ends the connection. Further calls raise :class:`ControlLost`."""
-        if self._lost is None:
-            self._lost = ControlLost(f"the client of {self._endpoint} is closed")
-        self._jobs.put(None)
+        self._calls.end()
 
     def _pop(self, key: str, timeout_s: float) -> Message | None:
         deadline = time.monotonic() + timeout_s
@@ -230,28 +223,18 @@ class ControlClient:
         return self._bounded(attempt)
 
     def _bounded(self, job: Callable[[], T]) -> T:
-        if self._lost is not None:
-            raise self._lost
-        future: Future[T] = Future()
-        self._jobs.put((future, job))
+        limit_s = 2 * self._timeout_s  # a job may first reconnect, then call
         try:
-            # a job may first reconnect, then call
-            return future.result(2 * self._timeout_s)
+            return self._calls.run(job, limit_s)
+        except CallsEnded:
+            raise self._lost from None
         except FutureTimeoutError:
-            reason = f"no answer for {2 * self._timeout_s:.0f} s"
+            reason = f"no answer for {limit_s:.0f} s"
         except DistError as error:
             reason = str(error)
         self._lost = ControlLost(f"the control store at {self._endpoint} is lost: {reason}")
-        self.close()
+        self._calls.end()
         raise self._lost
-
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            future, function = job
-            try:
-                future.set_result(function())
-            except Exception as error:  # noqa: BLE001 - handed to the caller, who waits for it
-                future.set_exception(error)
 
     def _connect(self) -> TCPStore:
         # TCPStore's own retries print a C++ backtrace each: knock first
