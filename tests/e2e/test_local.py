@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import make_tiny_target
 from tests.e2e.conftest import ConfigWriter, losses, torchspec_hpc
+from tests.helpers import write_jsonl
 
 pytestmark = pytest.mark.slow
 
@@ -44,25 +49,82 @@ def test_a_finished_run_is_not_overwritten(config_file: ConfigWriter, tmp_path: 
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"model": {"target_model_path": "/nowhere/model"}}, "/nowhere/model"),
-        ({"dataset": {"train_data_path": "/nowhere/data.jsonl"}}, "/nowhere/data.jsonl"),
-        ({"inference": {"aux_hidden_states_layers": [1, 2, 9]}}, "9"),
-        ({"inference": {"engine": "tokenspeed"}}, "tokenspeed"),
-        ({"mooncake": {"global_segment_size": "4KiB"}}, "global_segment_size"),
+        ({"model": {"target_model_path": "/nowhere/model"}}, "/nowhere/model: no such directory"),
+        ({"dataset": {"train_data_path": "/nowhere/x.jsonl"}}, "/nowhere/x.jsonl: no such file"),
+        ({"inference": {"aux_hidden_states_layers": [1, 2, 9]}}, "the 4 layers of"),
+        ({"inference": {"aux_hidden_states_layers": None}}, "aux_hidden_states_layers, for inst"),
+        ({"model": {"draft_vocab_size": 1000}}, "1 to 512"),
+        ({"training": {"max_seq_length": 1024}}, "up to 512"),
+        ({"training": {"max_seq_len": 1024}}, "did you mean training.max_seq_length"),
+        ({"output_dir": "/proc/nowhere"}, "cannot write the run directory"),
     ],
-    ids=["no model", "no data", "no such layer", "no such engine", "tiny segment"],
 )
-def test_bad_input_ends_quickly_with_one_message(
-    config_file: ConfigWriter, tmp_path: Path, sections: dict[str, object], message: str
+def test_what_can_be_known_is_said_at_once(
+    config_file: ConfigWriter, sections: dict[str, object], message: str
 ) -> None:
-    done = torchspec_hpc("run", config_file(cluster="local", **sections), timeout_s=90)
+    """Before anything is started, and before a job waits in the queue for it."""
+    started = time.monotonic()
+    done = torchspec_hpc("run", config_file(cluster="local", **sections), timeout_s=60)
+    assert time.monotonic() - started < 20
     assert done.returncode == 2, done.stdout + done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def _no_chat_template(folder: Path) -> dict[str, object]:
+    target = make_tiny_target(folder / "bare")
+    (target / "chat_template.jinja").unlink()
+    return {"model": {"target_model_path": str(target)}}
+
+
+def _broken_data(folder: Path) -> dict[str, object]:
+    (folder / "broken.jsonl").write_text('{"messages": [\n' * 20)
+    return {"dataset": {"train_data_path": str(folder / "broken.jsonl")}}
+
+
+def _wrong_columns(folder: Path) -> dict[str, object]:
+    path = write_jsonl(folder / "text.jsonl", [{"text": "no turns"}] * 20)
+    return {"dataset": {"train_data_path": str(path)}}
+
+
+def _unknown_engine(_: Path) -> dict[str, object]:
+    return {"inference": {"engine": "tokenspeed"}}
+
+
+def _port_in_use(_: Path) -> dict[str, object]:
+    holder = socket.create_server(("127.0.0.1", 0))
+    _HELD.append(holder)
+    return {"control": {"port": holder.getsockname()[1]}}
+
+
+_HELD: list[socket.socket] = []
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (_no_chat_template, "chat template"),
+        (_broken_data, "broken JSON"),
+        (_wrong_columns, "text"),
+        (_unknown_engine, "inference.engine is tokenspeed"),
+        (_port_in_use, "control.port"),
+    ],
+)
+def test_what_the_workers_find_ends_the_run_with_one_message(
+    config_file: ConfigWriter,
+    tmp_path: Path,
+    break_it: Callable[[Path], dict[str, object]],
+    message: str,
+) -> None:
+    """On the terminal, in the log and in the control directory; nothing is left behind."""
+    config = config_file(cluster="local", **break_it(tmp_path))
+    done = torchspec_hpc("run", config, timeout_s=120)
     run = tmp_path / "runs" / "tiny"
-    if run.exists():  # found before anything was started, nothing needs to be recorded
-        assert message in (run / "control" / "exit_codes.json").read_text()
-        assert not processes_naming(run)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stdout + done.stderr
+    assert message in (run / "control" / "exit_codes.json").read_text()
+    assert message in (run / "logs" / "latest" / "supervisor.log").read_text()
+    assert not processes_naming(run)
 
 
 def processes_naming(run: Path) -> list[str]:

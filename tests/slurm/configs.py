@@ -12,8 +12,8 @@ from torchspec_hpc.config.schema import Config
 SMALL: dict[str, Any] = {
     "cluster": "slurm",
     "run_name": "small",
-    "model": {"target_model_path": "/models/tiny"},
-    "dataset": {"train_data_path": "/data/train.jsonl"},
+    "model": {"target_model_path": "org/tiny"},  # a hub id: looked for on the nodes only
+    "dataset": {"train_data_path": __file__},  # some file that is there
     "training": {"training_num_nodes": 2, "training_num_gpus_per_node": 1},
     "slurm": {
         "time": "00:10:00",

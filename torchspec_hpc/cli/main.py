@@ -90,19 +90,6 @@ def render(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def prepare(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option(help="Accept a run that exists.")] = False,
-) -> None:
-    """Make the run directory of a configuration and print its path, for scripts of your own."""
-    from torchspec_hpc.config import load_config
-    from torchspec_hpc.slurm.submit import prepare_run
-
-    print(prepare_run(load_config(config, overrides or ()), resume=resume).root)
-
-
-@app.command()
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN", help="Run or checkpoint directory.")],
     output: Annotated[Path | None, typer.Option(help="Default: RUN/export/step_<n>.")] = None,

@@ -43,8 +43,8 @@ def read_records(path: Path) -> list[dict[str, float]]:
 
 
 def mean(records: list[dict[str, float]], key: str) -> float:
-    """Mean of a metric over the records that have it."""
-    values = [record[key] for record in records if key in record]
+    """Mean of a metric over the records that have it; a step that was skipped has null."""
+    values = [value for record in records if (value := record.get(key)) is not None]
     return statistics.fmean(values) if values else float("nan")
 
 

@@ -28,6 +28,7 @@ from torchspec_hpc.errors import (
 )
 from torchspec_hpc.observe.provenance import provenance
 from torchspec_hpc.slurm.env import INFERENCE_GROUP, TRAINING_GROUP, job_id, read_het_groups
+from torchspec_hpc.slurm.inputs import check_inputs
 from torchspec_hpc.slurm.scheduler import find_jobs, job_info
 
 
@@ -74,13 +75,15 @@ def prepare_run(config: Config, *, resume: bool = False, job: str | None = None)
 
     Raises:
         UserError: The run exists and is not to be resumed, or the other way round, or is
-            complete; or the directory cannot be written.
+            complete; a file that the configuration names is missing or does not fit; or the
+            directory cannot be written.
     """
     run = run_directory(config)
     record = RunRecord.read(run)
     if record is not None and job is not None and record.job_id == job:
         return run
     check_run(run, resume=resume)
+    check_inputs(config)
     run.create()
     save_config(config, run.config)
     create_secret(run)

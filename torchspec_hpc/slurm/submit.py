@@ -14,6 +14,7 @@ from torchspec_hpc.config.schema import Config
 from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.slurm.attempts import History
 from torchspec_hpc.slurm.executor import HetSlurmExecutor
+from torchspec_hpc.slurm.inputs import check_inputs
 from torchspec_hpc.slurm.prepare import (
     RunRecord,
     check_not_queued,
@@ -67,6 +68,7 @@ def submit(config: Config, *, resume: bool = False) -> SubmittedRun:
         raise ConfigError(f"cluster is {config.cluster!r}", hint="submit needs cluster=slurm")
     run = run_directory(config)
     check_run(run, resume=resume)
+    check_inputs(config)
     check_not_queued(run)
     _check_disjoint(config)
     earliest_start = check_submission(render_script(config, run))

@@ -1,0 +1,44 @@
+"""What can be known to be wrong before a job waits in the queue for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torchspec_hpc.config.schema import Config
+from torchspec_hpc.errors import ConfigError, DataError
+from torchspec_hpc.target.spec import TargetSpec
+
+
+def check_inputs(config: Config) -> None:
+    """Looks at the files that a configuration names, in well under a second and without torch.
+
+    A hub id is left to the nodes: their cache may hold what the login node's does not.
+
+    Raises:
+        ConfigError: The target is missing, or the shapes asked for do not fit it.
+        DataError: A data file is missing.
+    """
+    dataset, model = config.dataset, config.model
+    for key, path in (
+        ("train_data_path", dataset.train_data_path),
+        ("eval_data_path", dataset.eval_data_path),
+    ):
+        if path is not None and not Path(path).exists():
+            raise DataError(
+                f"dataset.{key} = {path}: no such file",
+                hint="check the path; every node must see it",
+            )
+    if not Path(model.target_model_path).is_absolute():
+        return
+    spec = TargetSpec.from_path(model.target_model_path)
+    spec.aux_layers(config.inference.aux_hidden_states_layers)
+    if model.draft_vocab_size is not None and model.draft_vocab_size > spec.vocab_size:
+        raise ConfigError(
+            f"model.draft_vocab_size = {model.draft_vocab_size}",
+            allowed=f"1 to {spec.vocab_size}, the target's vocabulary, or null for all of it",
+        )
+    if config.training.max_seq_length > spec.max_position_embeddings:
+        raise ConfigError(
+            f"training.max_seq_length = {config.training.max_seq_length}",
+            allowed=f"up to {spec.max_position_embeddings}, the target's max_position_embeddings",
+        )
