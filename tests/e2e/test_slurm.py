@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import ConfigWriter, losses, torchspec_hpc
-from tests.slurm.cluster import ENDED, Cluster
+from tests.e2e.conftest import ConfigWriter, losses, tiny_config, torchspec_hpc
+from tests.slurm.cluster import ENDED, Cluster, Layout
+from torchspec_hpc.config.yaml_io import dump_yaml
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(600)]
 
+ROOT = Path(__file__).parents[2]
 STEPS = 100
+#: Relative difference of losses that the engine's batching may cause.
+NOISE = 1e-4
 LONG_STEPS = 1500
 
 
@@ -45,39 +53,56 @@ def finish(cluster: Cluster, job: str, run: Path, timeout_s: float = 240) -> Non
         time.sleep(0.1)
 
 
+Undisturbed = Callable[[int], dict[int, float]]
+
+
 @pytest.fixture(scope="module")
-def uninterrupted() -> dict[int, dict[int, float]]:
-    """Loss curves of undisturbed runs by number of trainers, filled by the first test."""
-    return {}
+def undisturbed(
+    cluster: Cluster,
+    tiny_target: Path,
+    tiny_conversations: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Undisturbed:
+    """Loss curve of a run on so many trainer nodes that nothing disturbs; each runs once."""
+
+    @functools.cache
+    def curve(num_trainers: int) -> dict[int, float]:
+        folder = tmp_path_factory.mktemp("undisturbed")
+        config = tiny_config(folder / "runs", tiny_target, tiny_conversations)
+        config["cluster"] = "slurm"
+        config["training"] |= {"training_num_nodes": num_trainers, "num_train_steps": STEPS}
+        (folder / "config.yaml").write_text(dump_yaml(config))
+        job, run = submit(cluster, folder / "config.yaml")
+        finish(cluster, job, run)
+        assert list(losses(run)) == list(range(1, STEPS + 1))
+        assert not (run / "logs" / "attempt_1").exists()
+        return losses(run)
+
+    return curve
 
 
 @pytest.mark.parametrize("num_trainers", [1, 2])
-@pytest.mark.parametrize("how", ["nothing", "warning", "requeue"])
+@pytest.mark.parametrize("how", ["warning", "requeue"])
 def test_interrupted_run_has_the_loss_curve_of_an_undisturbed_one(
     cluster: Cluster,
     config_file: ConfigWriter,
-    uninterrupted: dict[int, dict[int, float]],
+    undisturbed: Undisturbed,
     num_trainers: int,
     how: str,
 ) -> None:
     """Bit for bit: float32 on the CPU, engine rows that do not depend on their batch."""
+    expected = undisturbed(num_trainers)
     training = {"training_num_nodes": num_trainers, "num_train_steps": STEPS}
     job, run = submit(cluster, config_file(cluster="slurm", training=training))
-    if how != "nothing":
-        wait_step(run, 5)
-        if how == "warning":
-            cluster.warn(job)
-        else:
-            cluster.run("scontrol", "requeue", job)
-        cluster.wait_restart(job, 1, 120)
-    finish(cluster, job, run)
-    curve = losses(run)
-    assert list(curve) == list(range(1, STEPS + 1))
-    if how == "nothing":
-        uninterrupted[num_trainers] = curve
+    wait_step(run, 5)
+    if how == "warning":
+        cluster.warn(job)
     else:
-        assert (run / "logs" / "attempt_1").is_dir()
-        assert curve == uninterrupted[num_trainers]
+        cluster.run("scontrol", "requeue", job)
+    cluster.wait_restart(job, 1, 120)
+    finish(cluster, job, run)
+    assert (run / "logs" / "attempt_1").is_dir()
+    assert losses(run) == expected
 
 
 def test_time_limit_requeues_and_loses_no_step(cluster: Cluster, config_file: ConfigWriter) -> None:
@@ -91,3 +116,64 @@ def test_time_limit_requeues_and_loses_no_step(cluster: Cluster, config_file: Co
     finish(cluster, other, reference)
     finish(cluster, job, run, 300)
     assert losses(run) == losses(reference)
+
+
+def test_by_hand_without_submitit(
+    cluster: Cluster,
+    config_file: ConfigWriter,
+    undisturbed: Undisturbed,
+    tmp_path: Path,
+) -> None:
+    config = config_file(cluster="slurm", training={"num_train_steps": STEPS})
+    components = "--partition=infer --cpus-per-task=1 --gres=none : --partition=train --gres=none"
+    job = cluster.sbatch(
+        f"--export=ALL,TORCHSPEC_PYTHON={sys.executable}",
+        f"--output={tmp_path}/%j.out",
+        *components.split(),
+        ROOT / "sbatch" / "train_het.sbatch",
+        config,
+        "run_name=by-hand",
+        cwd=ROOT,
+    )
+    run = tmp_path / "runs" / "by-hand"
+    finish(cluster, job, run)
+    assert losses(run) == undisturbed(1)
+
+
+@pytest.mark.vllm
+def test_vllm_engine_and_its_batching_noise(cluster: Cluster, config_file: ConfigWriter) -> None:
+    """vLLM with free batching, disturbed and undisturbed: equal but for the engine's rounding."""
+    engine = {"engine": "vllm", "batch_invariant": False}
+    training = {"num_train_steps": STEPS}
+    jobs = [
+        submit(
+            cluster, config_file(cluster="slurm", run_name=n, inference=engine, training=training)
+        )
+        for n in ("disturbed", "free")
+    ]
+    (job, run), (other, reference) = jobs
+    wait_step(run, 5)
+    cluster.warn(job)
+    cluster.wait_restart(job, 1, 120)
+    finish(cluster, other, reference)
+    finish(cluster, job, run)
+    assert list(losses(run)) == list(losses(reference))
+    assert losses(run) == pytest.approx(losses(reference), rel=NOISE)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="network namespaces need root")
+def test_nodes_with_networks_of_their_own(
+    config_file: ConfigWriter, undisturbed: Undisturbed
+) -> None:
+    """Host names, addresses and ports as on a real cluster: nothing may mean 127.0.0.1."""
+    with Cluster(Layout(isolated_network=True)) as isolated:
+        config = config_file(
+            cluster="slurm",
+            training={"training_num_nodes": 2, "num_train_steps": STEPS},
+            slurm={"network_interface": "eth0"},
+        )
+        job, run = submit(isolated, config)
+        finish(isolated, job, run)
+    assert losses(run) == undisturbed(2)
+    logs = {path.parent.name for path in run.glob("logs/latest/*/*/*.log")}
+    assert logs == {"infer0", "train0", "train1"}
