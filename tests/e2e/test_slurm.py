@@ -48,7 +48,7 @@ def finish(cluster: Cluster, job: str, run: Path, timeout_s: float = 240) -> Non
     assert info["JobState"] == "COMPLETED", log
     assert (run / "control" / "done").is_file()
     deadline = time.monotonic() + 10
-    while left := cluster.job_processes():
+    while left := [line for line in cluster.job_processes() if str(run) in line]:
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
 

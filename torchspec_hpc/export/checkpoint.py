@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,10 @@ def read_checkpoint(path: Path) -> DraftCheckpoint:
     if not model:
         raise UserError(f"{folder} holds no model weights", allowed="a checkpoint of this project")
     state = {"model": model}
-    load(state, storage_reader=FileSystemReader(folder), no_dist=True)
+    with warnings.catch_warnings():
+        # torch warns that there is no process group although we say so
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(state, storage_reader=FileSystemReader(folder), no_dist=True)
     kept_file = meta["draft"]["kept_ids_file"]
     kept = np.load(folder / kept_file) if kept_file else None
     return DraftCheckpoint(folder, meta, state["model"], kept)
