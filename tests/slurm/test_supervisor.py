@@ -38,6 +38,7 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert run.steps() == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_signals_end_in_a_checkpoint_from_which_the_next_attempt_goes_on(tmp_path: Path) -> None:
     run = make_run(tmp_path / "r", Plan(num_steps=40, step_s=0.1))
     signals = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -152,6 +153,15 @@ def test_an_unwritable_run_directory(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: cannot write the run directory")
+
+
+def test_a_batch_script_outside_of_a_het_job(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r", Plan(), cluster="slurm")
+    module = ["-m", "torchspec_hpc.slurm.supervisor", "--run-dir", run.dir.root]
+    done = subprocess.run([sys.executable, *module], text=True, capture_output=True)
+    assert done.returncode == 1
+    assert "SLURM_HET_SIZE is not set" in done.stderr
+    assert "SLURM_HET_SIZE is not set" in run.outcome()["message"]
 
 
 def end(run: Run, name: str) -> None:

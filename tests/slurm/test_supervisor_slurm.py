@@ -72,14 +72,14 @@ def test_the_warning_requeues_and_no_step_is_lost(patient: Cluster, tmp_path: Pa
 
 def test_a_requeue_from_outside_loses_no_step(patient: Cluster, tmp_path: Path) -> None:
     """Slurm sends SIGTERM to every process of the job, torchrun and services included."""
-    plan = Plan(num_steps=100, step_s=0.1, use_torch=True)
+    plan = Plan(num_steps=40, step_s=0.1, use_torch=True)
     run = make_run(tmp_path / "r", plan, cluster="slurm", slurm=SLURM, **TWO_NODES)
     job = submit(patient, run)
     run.wait_step(3)
     patient.run("scontrol", "requeue", job)
     patient.wait_restart(job, 1)
     finish(patient, job, run)
-    assert run.steps() == list(range(1, 101))
+    assert run.steps() == list(range(1, 41))
     assert "Slurm has put the job back into the queue" in run.supervisor_logs()
 
 

@@ -12,7 +12,7 @@ _logger = logging.getLogger(__name__)
 
 #: Seconds after which a requeued job may start again.  Slurm lets it wait for ``cred_expire``,
 #: 120 by default, unless its start lies in the future already when its nodes are clean: then
-#: it runs again after some 12 s (seen with Slurm 22.05).
+#: it runs again after some 12 s (seen with Slurm 22.05 and 24.11).
 _RESTART_DELAY_S = 10
 
 
@@ -31,7 +31,7 @@ def read_fate(info: JobInfo, restart_count: int) -> JobFate:
 
     It is COMPLETING then, whatever the cause.  But a requeue, also one after preemption or a
     node failure, has been counted, and a time limit is given as the reason; a cancelled job
-    shows neither (seen with Slurm 22.05).
+    shows neither (seen with Slurm 22.05 and 24.11).
 
     Args:
         info: State of the leader.

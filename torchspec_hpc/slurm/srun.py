@@ -9,7 +9,6 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from torchspec_hpc.config.endpoints import node_name
 from torchspec_hpc.config.rundir import RunDir
 from torchspec_hpc.config.schema import Config, SlurmGroupConfig
 from torchspec_hpc.errors import TorchspecError
@@ -68,8 +67,8 @@ class SlurmLauncher:
         groups = read_het_groups(environ)
         self._trainer_node = groups[TRAINING_GROUP].nodes[0]
         self.addresses = node_addresses(node for group in groups for node in group.nodes)
-        self.host = config.control.host or own_ip(self.addresses[node_name()])
-        self.addresses[node_name()] = self.host
+        here = groups[INFERENCE_GROUP].nodes[0]
+        self.host = self.addresses[here] = config.control.host or own_ip(self.addresses[here])
         self.job_id: str | None = job_id(environ)
         self.can_requeue = config.slurm.requeue
         self._job = Job(self.job_id, attempt(environ), len(groups))

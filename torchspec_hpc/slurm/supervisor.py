@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torchspec_hpc.config.endpoints import Endpoints, create_secret
 from torchspec_hpc.config.load import load_config
@@ -76,6 +77,7 @@ class Supervisor:
         self._rules = Rules(launcher.can_requeue, config.slurm.max_attempts)
         self._inbox = SignalInbox()
         self._steps: dict[str, Step] = {}
+        self._codes: dict[str, int | None] = {}
         self._stop_asked_at: float | None = None
         self._engine_grace_s = _ENGINE_GRACE_S
         self._requeued = False
@@ -131,8 +133,7 @@ class Supervisor:
             self._engine_grace_s = 0
             ending = Ending(128 + signal.SIGINT, str(error))
         except TorchspecError as error:
-            code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_CRASH
-            ending = Ending(code, str(error))
+            ending = _ending(error)
         except Exception as error:  # whatever it is, nothing may stay behind
             _logger.exception("the supervisor failed")
             ending = Ending(EXIT_CRASH, f"{type(error).__name__}: {error}")
@@ -208,16 +209,8 @@ class Supervisor:
         verdict = self._verdict(ending)
         level = logging.INFO if ending.exit_code in (EXIT_DONE, EXIT_REQUEUE) else logging.ERROR
         _logger.log(level, "%s", ending.message)
-        write_atomic(
-            self._run.exit_codes,
-            {
-                "attempt": attempt.number,
-                "exit_code": ending.exit_code,
-                "message": ending.message,
-                "reason": verdict.reason,
-                "codes": self._codes,
-            },
-        )
+        content = {"attempt": attempt.number, "reason": verdict.reason, "codes": self._codes}
+        _record(self._run, ending, content)
         if verdict.requeue:
             _logger.info("requeue: %s", verdict.reason)
             self._requeue()
@@ -229,7 +222,7 @@ class Supervisor:
 
     def _verdict(self, ending: Ending) -> Verdict:
         if self._requeued:
-            return Verdict(False, "done already, at the time limit")
+            return Verdict(False, "that was done when the time limit was reached")
         verdict = decide(ending, self._history.attempts, self._rules)
         if verdict.requeue:
             fate = self._launcher.fate()
@@ -247,6 +240,15 @@ class Supervisor:
             self._requeued = True
 
 
+def _record(run: RunDir, ending: Ending, content: dict[str, Any]) -> None:
+    known = {"exit_code": ending.exit_code, "message": ending.message}
+    write_atomic(run.exit_codes, {**known, **content})
+
+
+def _ending(error: TorchspecError) -> Ending:
+    return Ending(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_CRASH, str(error))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the batch script, and of tests without Slurm."""
     parser = argparse.ArgumentParser(description="Supervises one attempt of a run.")
@@ -259,9 +261,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return run_local(run)
         return Supervisor(run, config, SlurmLauncher(run, config, os.environ)).run()
-    except TorchspecError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_CRASH
+    except TorchspecError as error:  # before there was an attempt
+        ending = _ending(error)
+        sys.stderr.write(f"error: {ending.message}\n")
+        if run.control.is_dir():
+            _record(run, ending, {})
+        return ending.exit_code
 
 
 if __name__ == "__main__":
