@@ -59,6 +59,14 @@ def test_signals_end_in_a_checkpoint_from_which_the_next_attempt_goes_on(tmp_pat
     assert [a["last_step"] for a in attempts[:-1]] == [a["first_step"] for a in attempts[1:]]
 
 
+def test_asked_to_stop_before_anything_runs(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r", Plan(num_steps=FOREVER))
+    process = run.start()
+    run.wait((run.dir.control / "attempts.json").exists)
+    process.send_signal(signal.SIGTERM)
+    assert run.finish(process) == 85, run.log
+
+
 def test_a_second_interrupt_kills(tmp_path: Path) -> None:
     run = make_run(tmp_path / "r", Plan(num_steps=FOREVER, deaf=True))
     process = run.start()

@@ -88,17 +88,21 @@ class Supervisor:
         Raises:
             UserError: The run directory cannot be written or holds a broken history.
         """
-        run = self._run
-        run.create()
-        if run.done.exists():
-            _logger.info("the run %s is complete", run.root)
-            return EXIT_DONE
-        self._history = History(run)
-        attempt = self._history.begin(self._launcher.job_id)
-        setup_logging(ROLE, 0, run, attempt.number)
-        _logger.info("attempt %d of %s, from step %d", attempt.number, run.root, attempt.first_step)
-        self._remove_traces()
         with self._inbox:
+            self._run.create()
+            if self._run.done.exists():
+                _logger.info("the run %s is complete", self._run.root)
+                return EXIT_DONE
+            self._history = History(self._run)
+            attempt = self._history.begin(self._launcher.job_id)
+            setup_logging(ROLE, 0, self._run, attempt.number)
+            _logger.info(
+                "attempt %d of %s, from step %d",
+                attempt.number,
+                self._run.root,
+                attempt.first_step,
+            )
+            self._remove_traces()
             return self._conclude(attempt, self._attempt(attempt))
 
     def _remove_traces(self) -> None:
@@ -109,26 +113,10 @@ class Supervisor:
         clear_failures(run)
 
     def _attempt(self, attempt: Attempt) -> Ending:
-        logs = self._run.attempt_logs(attempt.number)
-        launcher = self._launcher
+        logs, launcher = self._run.attempt_logs(attempt.number), self._launcher
         services = Services(self._config, launcher.host, logs, launcher.modules.control_store)
         try:
-            services.start(check=self._act_on_signals)
-            if self._stop_asked_at is not None:
-                return Ending(EXIT_REQUEUE, "asked to stop before the workers were started")
-            self._publish(attempt, services)
-            self._steps[INFERENCE] = self._launcher.start_inference(logs)
-            self._steps[TRAINING] = self._launcher.start_training(logs)
-            watch = Watch(
-                self._run,
-                logs,
-                self._config.control,
-                services,
-                self._steps[INFERENCE],
-                self._steps[TRAINING],
-                self._act_on_signals,
-            )
-            ending = watch.until_the_end()
+            ending = self._until_the_end(attempt, services, logs)
         except Interrupted as error:
             self._engine_grace_s = 0
             ending = Ending(128 + signal.SIGINT, str(error))
@@ -140,6 +128,19 @@ class Supervisor:
         self._codes = {name: step.poll() for name, step in self._steps.items()}
         self._stop_all(services)
         return ending
+
+    def _until_the_end(self, attempt: Attempt, services: Services, logs: Path) -> Ending:
+        services.start(check=self._act_on_signals)
+        if self._stop_asked_at is not None:
+            return Ending(EXIT_REQUEUE, "asked to stop before the workers were started")
+        self._publish(attempt, services)
+        inference = self._steps[INFERENCE] = self._launcher.start_inference(logs)
+        training = self._steps[TRAINING] = self._launcher.start_training(logs)
+        deadlines = self._config.control
+        watch = Watch(
+            self._run, logs, deadlines, services, inference, training, self._act_on_signals
+        )
+        return watch.until_the_end()
 
     def _publish(self, attempt: Attempt, services: Services) -> None:
         create_secret(self._run)
