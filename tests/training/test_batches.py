@@ -38,7 +38,7 @@ class States:
         self._open[ticket] = len(token_ids)
         self.most_open_tokens = max(self.most_open_tokens, sum(self._open.values()))
 
-    def take(self, ticket: str) -> torch.Tensor:
+    def take(self, ticket: str, give_up: object = None) -> torch.Tensor:
         self.taken.append(ticket)
         return torch.zeros(self._open.pop(ticket), 3, 4)
 

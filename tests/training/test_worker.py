@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 
 import pytest
 import torch
@@ -76,6 +77,25 @@ def test_two_ranks_go_on_exactly_and_one_rank_with_the_same_samples(
     for found, expected in zip(alone.records(), straight.records(), strict=True):
         for tag in ("train/loss", "train/accept_len", "train/lr", "train/epoch"):
             assert found[tag] == pytest.approx(expected[tag], rel=1e-4), tag
+
+
+def test_a_stop_does_not_wait_for_a_late_engine(make_run: MakeRun, engine: Producer):
+    run = make_run("late")
+    answered = threading.Event()
+
+    def on_request(request: Request) -> None:
+        if request.ticket == "train-6":
+            run.dir.stop.write_text('{"reason": "test"}')
+            answered.wait(60)
+
+    engine.on_request = on_request
+    try:
+        assert run.train() == 85
+    finally:
+        answered.set()
+    steps = len(run.records())
+    assert steps <= 6
+    assert (run.dir.checkpoints / "latest").read_text() == f"step_{steps}\n"
 
 
 def assert_same_run(found: Run, expected: Run) -> None:

@@ -64,6 +64,11 @@ def check(config: TrainingConfig, world: World, run: RunDir) -> None:
     assert [result.flagged for result in results] == [False, True, False]
     check_parameters(draft, expected)
 
+    abandoned = step(mine if world.rank == 0 else None)  # one rank waited in vain
+    assert abandoned.abandoned
+    assert abandoned.flagged
+    check_parameters(draft, expected)
+
     unchanged = {name: full(p).clone() for name, p in draft.named_parameters()}
     sums = gather_over_ranks(step.evaluate(mine)).sum(0)
     trained_on = gather_over_ranks(results[0].sums).sum(0)

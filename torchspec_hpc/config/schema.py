@@ -186,7 +186,7 @@ class ControlConfig(Section):
 
     host: str | None = Field(None, description="Interface to bind; null: the node's own address.")
     port: int = Field(0, ge=0, le=65535, description="0: any free port.")
-    service_ready_s: float = Field(60.0, gt=0, description="Mooncake master and control store.")
+    service_ready_s: float = Field(300.0, gt=0, description="Mooncake master and control store.")
     engine_ready_s: float = Field(1800.0, gt=0, description="First engine up, weights loaded.")
     request_deadline_s: float = Field(600.0, gt=0, description="Then a request is sent again.")
     request_max_tries: int = Field(5, ge=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,8 +36,8 @@ class HiddenStates(Protocol):
     def submit(self, ticket: str, token_ids: NDArray[np.int32]) -> None:
         """Asks for the hidden states of token ids [T]."""
 
-    def take(self, ticket: str) -> Tensor:
-        """Waits for hidden states [T, A+1, H]."""
+    def take(self, ticket: str, give_up: Callable[[], bool] | None = None) -> Tensor:
+        """Waits for hidden states [T, A+1, H], or until `give_up` says to raise ``GaveUp``."""
 
 
 @dataclass(frozen=True)
@@ -94,14 +94,21 @@ class MicroBatches:
         self._stream = map(self._read, _stream_positions(world, config, start, num_steps))
         self._next = next(self._stream, None)
 
-    def next_step(self) -> StepData:
-        """The micro-batches of the next optimizer step."""
+    def next_step(self, give_up: Callable[[], bool] | None = None) -> StepData:
+        """The micro-batches of the next optimizer step.
+
+        Args:
+            give_up: Asked while hidden states are late; True ends the wait.
+
+        Raises:
+            GaveUp: `give_up` said so.
+        """
         batches, wait_s = [], 0.0
         for _ in range(self._per_step):
             self._submit()
             samples = self._submitted.popleft()
             start = time.monotonic()
-            states = [self._states.take(ticket) for ticket, _ in samples]
+            states = [self._states.take(ticket, give_up) for ticket, _ in samples]
             wait_s += time.monotonic() - start
             batches.append(
                 pack(

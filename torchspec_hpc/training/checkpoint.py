@@ -63,6 +63,7 @@ class Checkpointer:
     ) -> None:
         self._run, self._world, self._seed, self._keep = run, world, seed, keep
         self._draft, self._optimizer, self._meta = draft, optimizer, meta
+        self._current: Path | None = None  # what the state in memory was saved as
 
     def save(self, progress: Progress) -> Path:
         """Writes a checkpoint and makes it the latest.
@@ -72,6 +73,8 @@ class Checkpointer:
         """
         start = time.monotonic()
         folder = self._run.checkpoints / f"step_{progress.step}"
+        if folder == self._current:
+            return folder  # stopped before the first step of this attempt
         temporary = folder.with_name(folder.name + ".tmp")
         if self._world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -82,6 +85,7 @@ class Checkpointer:
         if self._world.is_main:
             publish(temporary, folder, self._keep)
         dist.barrier()  # nobody leaves before the checkpoint counts
+        self._current = folder
         logger.info("checkpoint %s in %.1f s", folder.name, time.monotonic() - start)
         return folder
 
@@ -108,6 +112,7 @@ class Checkpointer:
             _set_rng_state(torch.load(self._rng_file(folder), weights_only=True))
         else:  # ranks are other ranks now: new streams, reproducible all the same
             seed_rank(self._seed, meta.step, self._world.rank)
+        self._current = folder
         logger.info("resumed from %s, written by %d ranks", folder, meta.world_size)
         return meta.progress
 

@@ -28,12 +28,14 @@ class StepResult:
         grad_norm: L2 norm of the whole gradient before clipping.
         applied: False if the gradient was not finite and the parameters stayed.
         flagged: Whether any rank raised its flag in this step.
+        abandoned: A rank had no data, so nothing was done on any.
     """
 
     sums: Tensor
     grad_norm: float
     applied: bool
     flagged: bool
+    abandoned: bool = False
 
 
 def step_weights(config: TrainingConfig) -> list[float]:
@@ -71,18 +73,24 @@ class Eagle3Step:
         self._ttt_length, self._max_grad_norm = config.ttt_length, config.max_grad_norm
         self._weights = torch.tensor(step_weights(config), device=world.device)
 
-    def __call__(self, batches: Sequence[PackedBatch], flag: bool = False) -> StepResult:
+    def __call__(self, batches: Sequence[PackedBatch] | None, flag: bool = False) -> StepResult:
         """Trains on one optimizer step's micro-batches of this rank.
 
         Args:
-            batches: On the CPU, as many on every rank.
+            batches: On the CPU, as many on every rank; None: this rank gave up waiting for
+                them, and all ranks abandon the step.
             flag: Any rank's flag becomes every rank's ``flagged``; it rides an all-reduce.
         """
-        choices = [self._choices(self._on_device(batch)) for batch in batches]
-        trained = torch.stack([supervised.trained.sum(1) for _, supervised in choices]).sum(0)
-        shared = sum_over_ranks(torch.cat([trained, trained.new_tensor([flag])]))
-        num_trained, flags = shared[:-1], shared[-1]
+        choices = [self._choices(self._on_device(batch)) for batch in batches or ()]
+        trained = torch.zeros_like(self._weights, dtype=torch.int64)
+        for _, supervised in choices:
+            trained += supervised.trained.sum(1)
+        mine = trained.new_tensor([flag, batches is None])
+        shared = sum_over_ranks(torch.cat([trained, mine]))
+        num_trained, (flagged, abandoned) = shared[:-2], (shared[-2:] > 0).tolist()
         sums = self._no_sums()
+        if abandoned or batches is None:
+            return StepResult(sums, 0.0, applied=False, flagged=True, abandoned=True)
         for index, (batch, (argmax, supervised)) in enumerate(zip(batches, choices, strict=True)):
             self._sharded.set_requires_gradient_sync(index == len(batches) - 1)
             # moved once more: the device holds the hidden states of one micro-batch at a time
@@ -97,7 +105,7 @@ class Eagle3Step:
         if applied:
             self._optimizer.step()
         self._optimizer.zero_grad()
-        return StepResult(sums, grad_norm, applied, bool(flags > 0))
+        return StepResult(sums, grad_norm, applied, flagged)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[PackedBatch]) -> Tensor:

@@ -21,7 +21,7 @@ from torchspec_hpc.training.meter import Costs, EngineMonitor, Meter
 from torchspec_hpc.training.optim import Schedule, set_hyperparameters
 from torchspec_hpc.training.parallel import World
 from torchspec_hpc.training.step import Eagle3Step, StepResult, step_weights
-from torchspec_hpc.transfer.feed import FeedStats, HiddenStateFeed
+from torchspec_hpc.transfer.feed import FeedStats, GaveUp, HiddenStateFeed
 
 #: So many steps in a row without a finite gradient end the run.
 MAX_SKIPPED_IN_A_ROW = 10
@@ -111,11 +111,17 @@ class Trainer:
     def _train_one_step(self) -> bool:
         """Trains one optimizer step; returns whether the run was asked to stop."""
         start, before = time.monotonic(), self._feed.stats()
-        data = self._batches.next_step()
+        try:
+            data = self._batches.next_step(give_up=self._run.stop.exists)
+        except GaveUp as gave_up:  # a late engine must not keep us from a checkpoint
+            logger.info("%s", gave_up)
+            data = None
         learning_rate = self._schedule(self._progress.step)
         set_hyperparameters(self._optimizer, self._config.training, learning_rate)
         stop_asked = self._world.is_main and self._run.stop.exists()
-        result = self._step(data.batches, flag=stop_asked)
+        result = self._step(data.batches if data else None, flag=stop_asked)
+        if data is None or result.abandoned:
+            return True
         self._progress = Progress(
             self._progress.step + 1, self._progress.cursor + self._samples_per_step
         )

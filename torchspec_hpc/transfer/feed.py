@@ -12,6 +12,7 @@ import itertools
 import logging
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -35,9 +36,14 @@ from torchspec_hpc.transfer.ticket import Ticket
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.05
+_ASK_S = 0.5  # between questions to `give_up`, which may look at a shared file system
 _RETRY_PAUSE_S = 0.1  # after the first failure, four times as long after each further one
 _CLOSE_S = 60.0  # the longest call under way: Mooncake gives up after 30 s
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class GaveUp(TorchspecError):
+    """The trainer was asked to stop while it waited for a sample."""
 
 
 class SampleFailed(TorchspecError):
@@ -125,8 +131,12 @@ class HiddenStateFeed:
             self._tickets[ticket] = entry
             self._send(entry)
 
-    def take(self, ticket: str) -> torch.Tensor:
+    def take(self, ticket: str, give_up: Callable[[], bool] | None = None) -> torch.Tensor:
         """Waits for the hidden states of a submitted sample.
+
+        Args:
+            ticket: As submitted.
+            give_up: Asked now and then while there is nothing to take; True ends the wait.
 
         Returns:
             Tensor [T, A + 1, H] in the engine's type.  It is the caller's as long
@@ -134,6 +144,7 @@ class HiddenStateFeed:
             used again.  Do not start an asynchronous copy and drop the tensor.
 
         Raises:
+            GaveUp: `give_up` said so. The ticket stays open.
             SampleFailed: No engine can serve it.
             DeadlineExceeded: ``request_max_tries`` requests were not answered, or no
                 engine took the request for ``engine_ready_s`` seconds.
@@ -147,7 +158,10 @@ class HiddenStateFeed:
             entry = self._tickets.get(ticket)
             if entry is None:
                 raise ValueError(f"ticket {ticket!r} was never submitted, or is taken")
-            self._changed.wait_for(lambda: entry.settled or self._crash, limit_s)
+            while not (entry.settled or self._crash) and time.monotonic() - start < limit_s:
+                self._changed.wait(_ASK_S)
+                if give_up is not None and not entry.settled and give_up():
+                    raise GaveUp(f"gave up waiting for sample {ticket!r}: {entry.status}")
             self._stats.wait_s += time.monotonic() - start
             if not entry.settled:
                 raise self._crash or entry.too_late()
