@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from torchspec_hpc.config.checkpoint_files import CheckpointMeta
 from torchspec_hpc.drafts.eagle3.config import Eagle3Config
 from torchspec_hpc.drafts.eagle3.model import Eagle3Draft
 from torchspec_hpc.errors import UserError
@@ -38,7 +39,8 @@ KEPT = np.arange(1, 40, 3)[:12]
 def checkpoint() -> DraftCheckpoint:
     draft = Eagle3Draft(CONFIG, torch.zeros(40, 16), torch.from_numpy(KEPT))
     tensors = {name: torch.rand_like(p) for name, p in draft.named_parameters()}
-    meta = {"step": 7, "draft": {"config": json.loads(json.dumps(CONFIG.to_dict()))}}
+    config = json.loads(json.dumps(CONFIG.to_dict()))
+    meta = CheckpointMeta(7, 28, {"config": config}, target="t", stream={}, world_size=1)
     return DraftCheckpoint(Path("step_7"), meta, tensors, KEPT)
 
 
@@ -70,8 +72,8 @@ def test_config_is_written_for_both_engines(checkpoint: DraftCheckpoint, tmp_pat
 def test_scaled_rope_keeps_every_field(checkpoint: DraftCheckpoint, tmp_path: Path) -> None:
     rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
             "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
-    fields = checkpoint.meta["draft"]["config"] | {"rope_parameters": rope}
-    scaled = replace(checkpoint, meta={"step": 1, "draft": {"config": fields}})
+    fields = checkpoint.meta.draft["config"] | {"rope_parameters": rope}
+    scaled = replace(checkpoint, meta=replace(checkpoint.meta, draft={"config": fields}))
     config = json.loads((export_draft(scaled, tmp_path / "out") / "config.json").read_text())
     assert config["rope_parameters"] == rope
     assert config["rope_scaling"] == {k: v for k, v in rope.items() if k != "rope_theta"}

@@ -187,7 +187,7 @@ def test_sigusr1_is_ignored_and_sigint_obeyed(scene: Scene) -> None:
     assert scene.process.wait(30) == 0
     assert time.monotonic() - start < 10
     assert list(scene.run.errors.iterdir()) == []
-    assert json.loads((scene.run.heartbeats / "inference_0.json").read_text())["ready"]
+    assert json.loads((scene.run.ready / "inference_0.json").read_text())["ready"]
     [log] = scene.run.logs.rglob("inference_rank0_*.log")
     assert "engine hf is ready" in log.read_text()
     assert "SIGINT: leaving" in log.read_text()

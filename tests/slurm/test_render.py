@@ -28,6 +28,7 @@ EVERY_OPTION: dict[str, Any] = {
         "inference_num_gpus": 16,
         "inference_num_gpus_per_engine": 4,
         "inference_num_gpus_per_node": 8,
+        "vllm": {"tp_size": 4},
     },
     "slurm": {
         "account": "proj123",
@@ -92,7 +93,7 @@ def test_shellcheck(name: str) -> None:
     [
         ({"account": "a\n#SBATCH --uid=0"}, "--account='a.n#SBATCH"),
         ({"qos": "it's"}, "--qos"),
-        ({"time": ""}, "--time=''"),
+        ({"reservation": ""}, "--reservation=''"),
         ({"reservation": "a\\b"}, "one line without quotes and backslashes"),
         ({"inference": {"extra": ["exclusive"], "mem": "1G"}, "training": {"mem": "1G"}}, "--excl"),
         ({"inference": {"extra": ["--x\nrm"], "mem": "1G"}, "training": {"mem": "1G"}}, "extra"),

@@ -24,7 +24,7 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert run.dir.done.is_file()
     assert run.outcome()["codes"] == {"inference": None, "training": 0}
     assert run.outcome()["message"] == "done: 5 steps"
-    logs = run.dir.logs / "latest"
+    logs = run.dir.latest_logs
     assert {p.name for p in logs.glob("*.log")} == {
         "supervisor.log", "mooncake_master.log", "control_store.log",
         "inference_step.log", "training_step.log",
@@ -47,14 +47,14 @@ def test_signals_end_in_a_checkpoint_from_which_the_next_attempt_goes_on(tmp_pat
         run.wait_step(10 * attempt + 1)
         process.send_signal(number)
         assert run.finish(process) == 85, run.log
-        saved = (run.dir.checkpoints / "latest").read_text().strip().replace("_", " ")
+        saved = run.dir.latest_checkpoint.read_text().strip().replace("_", " ")
         assert json.loads(run.dir.stop.read_text())["reason"] == number.name
         assert run.outcome()["message"] == f"stopped with a checkpoint of {saved}"
         assert f"torchspec-hpc run {run.dir.config} --resume" in run.log
     assert run.supervise() == 0, run.log
     assert run.steps() == list(range(1, 41))
-    assert (run.dir.logs / "latest").readlink().name == "attempt_3"
-    attempts = json.loads((run.dir.control / "attempts.json").read_text())
+    assert run.dir.latest_logs.readlink().name == "attempt_3"
+    attempts = json.loads(run.dir.attempts.read_text())
     assert [attempt["exit_code"] for attempt in attempts] == [85, 85, 85, 0]
     assert [a["last_step"] for a in attempts[:-1]] == [a["first_step"] for a in attempts[1:]]
 
@@ -62,7 +62,7 @@ def test_signals_end_in_a_checkpoint_from_which_the_next_attempt_goes_on(tmp_pat
 def test_asked_to_stop_before_anything_runs(tmp_path: Path) -> None:
     run = make_run(tmp_path / "r", Plan(num_steps=FOREVER))
     process = run.start()
-    run.wait((run.dir.control / "attempts.json").exists)
+    run.wait(run.dir.attempts.exists)
     process.send_signal(signal.SIGTERM)
     assert run.finish(process) == 85, run.log
 
@@ -153,8 +153,8 @@ def test_a_service_that_dies_ends_the_run(tmp_path: Path) -> None:
 
 def test_an_unwritable_run_directory(tmp_path: Path) -> None:
     run = make_run(tmp_path / "r", Plan(), cluster="local")
-    run.dir.heartbeats.rmdir()
-    run.dir.heartbeats.touch()
+    run.dir.ready.rmdir()
+    run.dir.ready.touch()
     module = "torchspec_hpc.slurm.supervisor"
     done = subprocess.run(
         [sys.executable, "-m", module, "--run-dir", run.dir.root], text=True, capture_output=True

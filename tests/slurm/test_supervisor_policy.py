@@ -15,8 +15,8 @@ from tests.slurm.fake_workers.plan import Plan
 from tests.slurm.supervised import make_run
 from torchspec_hpc.config import RunDir
 from torchspec_hpc.config.rundir import write_atomic
-from torchspec_hpc.errors import ConfigError, TorchspecError, UserError
-from torchspec_hpc.slurm.attempts import Attempt, History, latest_step
+from torchspec_hpc.errors import ConfigError, TorchspecError
+from torchspec_hpc.slurm.attempts import Attempt, History
 from torchspec_hpc.slurm.failures import read_failures, root_cause
 from torchspec_hpc.slurm.job import JobFate, read_fate
 from torchspec_hpc.slurm.local import LocalLauncher, split_gpus
@@ -100,16 +100,6 @@ def test_history_survives_attempts_that_were_killed(tmp_path: Path) -> None:
     assert not third.attempts[2].made_progress
 
 
-def test_latest_step(tmp_path: Path) -> None:
-    run = RunDir(tmp_path)
-    assert latest_step(run) == 0
-    save(run, 30)
-    assert latest_step(run) == 30
-    (run.checkpoints / "latest").write_text("best\n")
-    with pytest.raises(UserError, match=r"latest holds 'best'"):
-        latest_step(run)
-
-
 def test_last_logged_step(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     assert last_logged_step(run) == 0
@@ -147,7 +137,12 @@ def test_local_gpus_are_shared_out(
     tmp_path: Path, visible: list[str], engines: list[list[str]], trainers: list[str]
 ) -> None:
     sections: dict[str, Any] = {
-        "inference": {"inference_num_gpus": 4, "inference_num_gpus_per_engine": 2},
+        "inference": {
+            "inference_num_gpus": 4,
+            "inference_num_gpus_per_engine": 2,
+            "inference_num_gpus_per_node": 4,
+            "vllm": {"tp_size": 2},
+        },
         "training": {"training_num_gpus_per_node": 2},
     }
     config = make_run(tmp_path / "r", Plan(), **sections).config
@@ -178,4 +173,4 @@ def test_exit_codes_name_every_step(tmp_path: Path) -> None:
 
 def save(run: RunDir, step: int) -> None:
     run.checkpoints.mkdir(exist_ok=True)
-    (run.checkpoints / "latest").write_text(f"step_{step}\n")
+    run.latest_checkpoint.write_text(f"step_{step}\n")

@@ -52,7 +52,7 @@ def test_a_job_runs_to_its_end(patient: Cluster, tmp_path: Path) -> None:
     assert run.steps() == [1, 2, 3, 4, 5]
     assert run.outcome()["codes"]["training"] == 0
     assert json.loads(run.dir.endpoints.read_text())["addresses"] == patient.addresses
-    logs = run.dir.logs / "latest"
+    logs = run.dir.latest_logs
     for i in (0, 1):  # ranks follow the nodes
         assert list(logs.glob(f"training/train{i}/training_rank{i}_*.log"))
         assert list(logs.glob(f"inference/infer{i}/inference_rank{i}_*.log"))
@@ -92,7 +92,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(patient: Cluster, tmp_path: P
     assert patient.job(job)["Restarts"] == "0"
     assert run.outcome()["exit_code"] == 85
     assert run.outcome()["reason"] == "the job was cancelled"
-    assert (run.dir.checkpoints / "latest").read_text().strip() == f"step_{run.steps()[-1]}"
+    assert run.dir.latest_checkpoint.read_text().strip() == f"step_{run.steps()[-1]}"
 
 
 def test_a_crash_is_tried_again_while_there_is_progress(patient: Cluster, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from tests.training.tiny import training_config
-from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.training.optim import Schedule, build_optimizer, set_hyperparameters
 
 
@@ -52,11 +51,6 @@ def test_warmup_only():
 
 def test_decay_may_end_before_the_run():
     assert schedule(lr_total_steps=50)(50) == pytest.approx(0.1)
-
-
-def test_floor_above_peak_is_an_error():
-    with pytest.raises(ConfigError, match=r"training.min_lr = 2.0 is above(.|\n)*0 to 1.0"):
-        schedule(min_lr=2.0)
 
 
 def test_norms_are_not_decayed_and_the_configuration_wins():

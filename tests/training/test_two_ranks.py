@@ -13,9 +13,9 @@ import torch.distributed as dist
 
 from tests.training import tiny
 from torchspec_hpc.config import RunDir
+from torchspec_hpc.config.checkpoint_files import Progress, latest_checkpoint
 from torchspec_hpc.errors import UserError
 from torchspec_hpc.training.checkpoint import Checkpointer, CheckpointError
-from torchspec_hpc.training.checkpoint_files import Progress, latest_checkpoint
 from torchspec_hpc.training.optim import build_optimizer
 from torchspec_hpc.training.parallel import World, shard
 

@@ -103,7 +103,7 @@ def assert_same_run(found: Run, expected: Run) -> None:
     assert [record["step"] for record in found.records()] == list(range(1, 9))
     assert found.learning() == expected.learning()
     ours, theirs = read_checkpoint(found.dir.root), read_checkpoint(expected.dir.root)
-    assert (ours.meta["step"], ours.meta["cursor"]) == (8, 32)
+    assert (ours.meta.step, ours.meta.cursor) == (8, 32)
     assert ours.tensors.keys() == theirs.tensors.keys()
     for name, tensor in theirs.tensors.items():
         assert torch.equal(tensor, ours.tensors[name]), name

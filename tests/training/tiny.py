@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from torchspec_hpc.config.checkpoint_files import CheckpointMeta
 from torchspec_hpc.config.schema import TrainingConfig
 from torchspec_hpc.drafts.batch import PackedBatch, pack
 from torchspec_hpc.drafts.eagle3.config import Eagle3Config
 from torchspec_hpc.drafts.eagle3.model import Eagle3Draft
 from torchspec_hpc.drafts.target_head import TargetHead
 from torchspec_hpc.target.weights import TargetTensors
-from torchspec_hpc.training.checkpoint_files import CheckpointMeta
 
 VOCAB, HIDDEN, DRAFT_VOCAB = 40, 16, 24
 CONFIG = Eagle3Config(

@@ -13,11 +13,11 @@ from torch.distributed.tensor import DTensor
 
 from tests.training import tiny
 from torchspec_hpc.config import RunDir
+from torchspec_hpc.config.checkpoint_files import Progress
 from torchspec_hpc.config.schema import TrainingConfig
 from torchspec_hpc.drafts.eagle3.ttt import supervision
 from torchspec_hpc.drafts.target_head import target_argmax
 from torchspec_hpc.training.checkpoint import Checkpointer
-from torchspec_hpc.training.checkpoint_files import Progress
 from torchspec_hpc.training.optim import build_optimizer
 from torchspec_hpc.training.parallel import World, gather_over_ranks, join, shard
 from torchspec_hpc.training.step import Eagle3Step, step_weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torchspec_hpc.config import load_config
+from torchspec_hpc.config import RunDir, load_config
 from torchspec_hpc.config.types import Dtype
 from torchspec_hpc.export import checkpoint as checkpoints
 from torchspec_hpc.export.eagle3 import export_draft
@@ -20,9 +20,9 @@ def export_command(source: Path, output: Path | None, dtype: Dtype, *, untrained
         untrained: Export the initial weights instead, for comparison.
     """
     checkpoint = checkpoints.read_checkpoint(source)
-    run = checkpoint.path.parent.parent
+    run = RunDir(checkpoint.path.parent.parent)
     if untrained:
-        config = load_config(run / "config.yaml")
+        config = load_config(run.config)
         checkpoint = checkpoints.untrained(checkpoint, config.model, config.training.seed)
-    folder = output or run / "export" / f"step_{checkpoint.meta['step']}"
+    folder = output or run.export / f"step_{checkpoint.meta.step}"
     return export_draft(checkpoint, folder, dtype)

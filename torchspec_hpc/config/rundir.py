@@ -9,7 +9,11 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from torchspec_hpc.config.schema import Config
 from torchspec_hpc.errors import UserError
+
+#: Target ids of the draft vocabulary: in the run and in each of its checkpoints.
+KEPT_IDS = "kept_ids.npy"
 
 
 class RunDir:
@@ -27,7 +31,10 @@ class RunDir:
         self.metrics = self.root / "metrics.jsonl"
         self.tensorboard = self.root / "tensorboard"
         self.checkpoints = self.root / "checkpoints"
+        self.latest_checkpoint = self.checkpoints / "latest"  # holds the name of a folder
+        self.kept_ids = self.root / KEPT_IDS
         self.export = self.root / "export"
+        self.evaluation = self.root / "evaluation.json"
         self.job = self.root / "job"
         # control: small files, written whole and renamed into place
         self.control = self.root / "control"
@@ -37,7 +44,8 @@ class RunDir:
         self.done = self.control / "done"
         self.errors = self.control / "errors"
         self.exit_codes = self.control / "exit_codes.json"
-        self.heartbeats = self.control / "heartbeats"
+        self.attempts = self.control / "attempts.json"
+        self.ready = self.control / "ready"  # a file of each engine that is
 
     def attempt_dir(self, attempt: int) -> Path:
         """Rendered script and header of one attempt."""
@@ -64,6 +72,11 @@ class RunDir:
             )
         return Path(moved) / self.root.name
 
+    @property
+    def latest_logs(self) -> Path:
+        """Link to the logs of the newest attempt."""
+        return self.logs / "latest"
+
     def attempt_logs(self, attempt: int) -> Path:
         """Logs of one attempt."""
         return self.logs / f"attempt_{attempt}"
@@ -88,13 +101,18 @@ class RunDir:
             UserError: The directory cannot be written.
         """
         try:
-            for folder in (self.job, self.control, self.errors, self.heartbeats, self.logs):
+            for folder in (self.job, self.control, self.errors, self.ready, self.logs):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
                 f"cannot write the run directory {self.root}: {error.strerror}",
                 hint="choose another output_dir, on a disk that every node can write",
             ) from error
+
+
+def cache_dir(config: Config) -> Path:
+    """Where tokenized data is kept, shared by all runs of an output directory."""
+    return Path(config.cache_dir or Path(config.output_dir) / "cache")
 
 
 def write_atomic(path: Path, content: str | dict[str, Any], mode: int = 0o644) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from torchspec_hpc.config.checkpoint_files import CheckpointMeta, find_checkpoint
 from torchspec_hpc.config.schema import ModelConfig
 from torchspec_hpc.drafts.eagle3.config import Eagle3Config
 from torchspec_hpc.drafts.eagle3.model import Eagle3Draft
@@ -36,37 +36,19 @@ class DraftCheckpoint:
     """
 
     path: Path
-    meta: dict[str, Any]
+    meta: CheckpointMeta
     tensors: dict[str, torch.Tensor]
     kept_ids: np.ndarray[Any, np.dtype[np.int64]] | None
-
-
-def resolve_checkpoint(path: Path) -> Path:
-    """Finds the checkpoint meant by a run, a ``checkpoints`` directory or one checkpoint.
-
-    Raises:
-        UserError: There is none.
-    """
-    for folder in (path, path / "checkpoints"):
-        if (folder / "meta.json").is_file():
-            return folder
-        if (folder / "latest").is_file():
-            return folder / (folder / "latest").read_text(encoding="utf-8").strip()
-    raise UserError(
-        f"{path} holds no checkpoint",
-        allowed="a run directory, its checkpoints directory, or one checkpoint in it",
-        hint="a run writes its first checkpoint after training.save_interval steps",
-    )
 
 
 def read_checkpoint(path: Path) -> DraftCheckpoint:
     """Reads the draft's weights, whatever number of trainers wrote them.
 
     Raises:
-        UserError: The directory holds no checkpoint of a draft.
+        UserError: The directory holds no checkpoint of a draft, or one of another version.
     """
-    folder = resolve_checkpoint(path)
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    folder = find_checkpoint(path)
+    meta = CheckpointMeta.read(folder)
     stored = FileSystemReader(folder).read_metadata().state_dict_metadata
     model = {
         key.removeprefix(_PREFIX): torch.empty(item.size, dtype=item.properties.dtype)
@@ -80,7 +62,7 @@ def read_checkpoint(path: Path) -> DraftCheckpoint:
         # torch warns that there is no process group although we say so
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         load(state, storage_reader=FileSystemReader(folder), no_dist=True)
-    kept_file = meta["draft"]["kept_ids_file"]
+    kept_file = meta.draft["kept_ids_file"]
     kept = np.load(folder / kept_file) if kept_file else None
     return DraftCheckpoint(folder, meta, state["model"], kept)
 
@@ -93,11 +75,11 @@ def untrained(checkpoint: DraftCheckpoint, model: ModelConfig, seed: int) -> Dra
         model: The run's target.
         seed: The run's ``training.seed``.
     """
-    config = Eagle3Config.from_dict(checkpoint.meta["draft"]["config"])
+    config = Eagle3Config.from_dict(checkpoint.meta.draft["config"])
     spec = TargetSpec.from_path(model.target_model_path)
     target = load_target_tensors(model, spec, torch.float32)
     kept = None if checkpoint.kept_ids is None else torch.from_numpy(checkpoint.kept_ids)
     draft = Eagle3Draft(config, target.embedding, kept)
     draft.initialize(target, seed)
     tensors = {name: parameter.detach() for name, parameter in draft.named_parameters()}
-    return replace(checkpoint, meta=checkpoint.meta | {"step": 0}, tensors=tensors)
+    return replace(checkpoint, meta=replace(checkpoint.meta, step=0), tensors=tensors)

@@ -58,13 +58,13 @@ def export_draft(checkpoint: DraftCheckpoint, output: Path, dtype: Dtype = "bflo
         raise UserError(f"cannot write {output}: {error.strerror}") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    logger.info("exported step %s to %s", checkpoint.meta.get("step"), output)
+    logger.info("exported step %s to %s", checkpoint.meta.step, output)
     return output
 
 
 def draft_config(checkpoint: DraftCheckpoint) -> Eagle3Config:
     """The draft's shape as the checkpoint states it."""
-    return Eagle3Config.from_dict(checkpoint.meta["draft"]["config"])
+    return Eagle3Config.from_dict(checkpoint.meta.draft["config"])
 
 
 def vocabulary_map(config: Eagle3Config, kept_ids: Any) -> dict[str, torch.Tensor]:

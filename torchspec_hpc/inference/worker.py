@@ -78,7 +78,7 @@ def _serve(config: Config, run: RunDir, endpoints: Endpoints, rank: int) -> None
         cleanup.callback(engine.close)
         progress.ready = True
         heartbeat.beat()
-        write_atomic(run.heartbeats / f"{ROLE}_{rank}.json", {"ready": True})  # for the supervisor
+        write_atomic(run.ready / f"{ROLE}_{rank}.json", {"ready": True})  # for the supervisor
         _logger.info("engine %s is ready", config.inference.engine)
         Server(engine, control, rank, progress).serve(_stop)
 

@@ -94,7 +94,7 @@ def setup_logging(role: str, rank: int, run: RunDir, attempt: int) -> Path:
 
 def _point_latest(run: RunDir, attempt: int) -> None:
     """Moves the link ``latest`` to this attempt in one step: readers always find one."""
-    link = run.logs / "latest"
+    link = run.latest_logs
     target = run.attempt_logs(attempt).name
     if link.is_symlink() and str(link.readlink()) == target:
         return

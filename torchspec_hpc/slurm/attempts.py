@@ -6,8 +6,9 @@ import json
 import time
 from dataclasses import asdict, dataclass, replace
 
+from torchspec_hpc.config.checkpoint_files import latest_step
 from torchspec_hpc.config.rundir import RunDir, write_atomic
-from torchspec_hpc.errors import EXIT_CRASH, UserError
+from torchspec_hpc.errors import EXIT_CRASH
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class History:
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
-        self._path = run.control / "attempts.json"
+        self._path = run.attempts
         text = self._path.read_text(encoding="utf-8") if self._path.is_file() else "[]"
         self.attempts = [Attempt(**fields) for fields in json.loads(text)]
 
@@ -77,20 +78,3 @@ class History:
     def _save(self) -> None:
         content = json.dumps([asdict(attempt) for attempt in self.attempts], indent=2)
         write_atomic(self._path, content + "\n")
-
-
-def latest_step(run: RunDir) -> int:
-    """Optimizer step of the newest checkpoint; 0 before the first.
-
-    Raises:
-        UserError: ``checkpoints/latest`` names no checkpoint.
-    """
-    pointer = run.checkpoints / "latest"
-    try:
-        name = pointer.read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
-        return 0
-    number = name.removeprefix("step_")
-    if not number.isdecimal():
-        raise UserError(f"{pointer} holds {name!r}", allowed="step_<n>")
-    return int(number)

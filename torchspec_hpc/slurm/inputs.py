@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torchspec_hpc.config.engines import require_implemented
 from torchspec_hpc.config.schema import Config
-from torchspec_hpc.errors import ConfigError, DataError
+from torchspec_hpc.errors import ConfigError, DataError, UserError
 from torchspec_hpc.target.spec import TargetSpec
 
 
@@ -15,19 +16,17 @@ def check_inputs(config: Config) -> None:
     A hub id is left to the nodes: their cache may hold what the login node's does not.
 
     Raises:
-        ConfigError: The target is missing, or the shapes asked for do not fit it.
+        ConfigError: The engine has no implementation, a file is missing, or the shapes asked for
+            do not fit the target.
         DataError: A data file is missing.
     """
-    dataset, model = config.dataset, config.model
-    for key, path in (
-        ("train_data_path", dataset.train_data_path),
-        ("eval_data_path", dataset.eval_data_path),
-    ):
-        if path is not None and not Path(path).exists():
-            raise DataError(
-                f"dataset.{key} = {path}: no such file",
-                hint="check the path; every node must see it",
-            )
+    dataset, model, training = config.dataset, config.model, config.training
+    require_implemented(config.inference.engine)
+    _require_file("dataset.train_data_path", dataset.train_data_path, DataError)
+    _require_file("dataset.eval_data_path", dataset.eval_data_path, DataError)
+    _require_file("dataset.chat_template", dataset.chat_template, ConfigError)
+    _require_file("model.draft_model_config", model.draft_model_config, ConfigError)
+    _require_file("training.load_path", training.load_path, ConfigError)
     if not Path(model.target_model_path).is_absolute():
         return
     spec = TargetSpec.from_path(model.target_model_path)
@@ -37,8 +36,13 @@ def check_inputs(config: Config) -> None:
             f"model.draft_vocab_size = {model.draft_vocab_size}",
             allowed=f"1 to {spec.vocab_size}, the target's vocabulary, or null for all of it",
         )
-    if config.training.max_seq_length > spec.max_position_embeddings:
+    if training.max_seq_length > spec.max_position_embeddings:
         raise ConfigError(
-            f"training.max_seq_length = {config.training.max_seq_length}",
+            f"training.max_seq_length = {training.max_seq_length}",
             allowed=f"up to {spec.max_position_embeddings}, the target's max_position_embeddings",
         )
+
+
+def _require_file(key: str, path: str | None, error: type[UserError]) -> None:
+    if path is not None and not Path(path).exists():
+        raise error(f"{key} = {path}: no such file", hint="check the path; every node must see it")

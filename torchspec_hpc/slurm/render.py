@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 
 from torchspec_hpc.config.rundir import RunDir
-from torchspec_hpc.config.schema import Config, SlurmConfig, SlurmGroupConfig
+from torchspec_hpc.config.schema import Config
+from torchspec_hpc.config.slurm_schema import SlurmConfig, SlurmGroupConfig
 from torchspec_hpc.errors import ConfigError
 
 #: The supervisor stops the trainers at this signal, ``slurm.signal_before_s`` before the limit.

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from torchspec_hpc.config.rundir import RunDir
-from torchspec_hpc.config.schema import Config, SlurmGroupConfig
+from torchspec_hpc.config.schema import Config
+from torchspec_hpc.config.slurm_schema import SlurmGroupConfig
 from torchspec_hpc.errors import TorchspecError
 from torchspec_hpc.slurm.env import (
     INFERENCE_GROUP,

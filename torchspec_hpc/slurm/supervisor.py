@@ -108,7 +108,7 @@ class Supervisor:
     def _remove_traces(self) -> None:
         """Removes what an earlier attempt left and this one's workers would believe."""
         run = self._run
-        for path in (run.endpoints, run.stop, run.exit_codes, *run.heartbeats.glob("*.json")):
+        for path in (run.endpoints, run.stop, run.exit_codes, *run.ready.glob("*.json")):
             path.unlink(missing_ok=True)
         clear_failures(run)
 

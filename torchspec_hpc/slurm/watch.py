@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from torchspec_hpc.config.checkpoint_files import latest_step
 from torchspec_hpc.config.rundir import RunDir
 from torchspec_hpc.config.schema import ControlConfig
 from torchspec_hpc.errors import EXIT_CRASH, EXIT_DONE, EXIT_REQUEUE, DeadlineExceeded
-from torchspec_hpc.slurm.attempts import latest_step
 from torchspec_hpc.slurm.failures import read_failures, root_cause
 from torchspec_hpc.slurm.requeue import Ending
 from torchspec_hpc.slurm.services import Services
@@ -132,7 +132,7 @@ class Watch:
         if self._engine_is_ready:
             return
         self._engine_is_ready = (
-            any(self._run.heartbeats.glob("inference_*.json"))
+            any(self._run.ready.glob("inference_*.json"))
             or last_logged_step(self._run) != self._first_step
         )
         if not self._engine_is_ready and now - self._start > self._config.engine_ready_s:

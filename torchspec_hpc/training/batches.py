@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from torchspec_hpc.config.checkpoint_files import Progress
 from torchspec_hpc.config.schema import TrainingConfig
 from torchspec_hpc.data.sample import Sample
 from torchspec_hpc.data.sampler import Sampler, positions_of
 from torchspec_hpc.drafts.batch import PackedBatch, pack
-from torchspec_hpc.training.checkpoint_files import Progress
 from torchspec_hpc.training.parallel import World
 
 #: Ticket and sample of each document of a micro-batch.

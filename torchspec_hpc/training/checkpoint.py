@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from torchspec_hpc.config.rundir import RunDir
+from torchspec_hpc.config.checkpoint_files import CheckpointMeta, Progress, publish
+from torchspec_hpc.config.rundir import KEPT_IDS, RunDir
 from torchspec_hpc.errors import TorchspecError
-from torchspec_hpc.training.checkpoint_files import KEPT_IDS, CheckpointMeta, Progress, publish
 from torchspec_hpc.training.parallel import World, seed_rank
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Checkpointer:
         self._write(temporary, progress)
         dist.barrier()  # the files of every rank are there
         if self._world.is_main:
-            publish(temporary, folder, self._keep)
+            publish(self._run, temporary, folder, self._keep)
         dist.barrier()  # nobody leaves before the checkpoint counts
         self._current = folder
         logger.info("checkpoint %s in %.1f s", folder.name, time.monotonic() - start)
@@ -138,7 +138,7 @@ class Checkpointer:
         torch.save(_rng_state(), self._rng_file(folder))
         if self._world.is_main:
             if self._meta.draft["kept_ids_file"]:
-                shutil.copyfile(self._run.root / KEPT_IDS, folder / KEPT_IDS)
+                shutil.copyfile(self._run.kept_ids, folder / KEPT_IDS)
             replace(self._meta, **asdict(progress)).write(folder)
 
     def _rng_file(self, folder: Path) -> Path:

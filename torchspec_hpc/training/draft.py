@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from torchspec_hpc.config import Config
+from torchspec_hpc.config.rundir import KEPT_IDS
 from torchspec_hpc.drafts.eagle3.config import Eagle3Config
 from torchspec_hpc.drafts.eagle3.model import Eagle3Draft
 from torchspec_hpc.drafts.target_head import TargetHead
 from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.target.spec import TargetSpec
 from torchspec_hpc.target.weights import TargetTensors, load_target_tensors
-from torchspec_hpc.training.checkpoint_files import KEPT_IDS
 from torchspec_hpc.training.parallel import World, shard
 
 logger = logging.getLogger(__name__)

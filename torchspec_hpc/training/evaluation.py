@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from torchspec_hpc.config.checkpoint_files import Progress
 from torchspec_hpc.config.schema import TrainingConfig
 from torchspec_hpc.data.dataset import TokenDataset
 from torchspec_hpc.data.sample import Sample
 from torchspec_hpc.data.sampler import Sampler
 from torchspec_hpc.drafts.batch import PackedBatch
 from torchspec_hpc.training.batches import HiddenStates, MicroBatches
-from torchspec_hpc.training.checkpoint_files import Progress
 from torchspec_hpc.training.parallel import World
 
 #: Of all ranks together: their hidden states stay in memory.

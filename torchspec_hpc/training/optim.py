@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from torchspec_hpc.config.schema import TrainingConfig
-from torchspec_hpc.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -36,16 +35,7 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: TrainingConfig, num_steps: int) -> Schedule:
-        """Reads the schedule of a run of `num_steps` optimizer steps.
-
-        Raises:
-            ConfigError: The floor is above the peak.
-        """
-        if config.min_lr > config.learning_rate:
-            raise ConfigError(
-                f"training.min_lr = {config.min_lr} is above training.learning_rate",
-                allowed=f"0 to {config.learning_rate}",
-            )
+        """Reads the schedule of a run of `num_steps` optimizer steps."""
         total_steps = config.lr_total_steps or num_steps
         return cls(
             peak=config.learning_rate,

@@ -11,14 +11,15 @@ import torch.distributed as dist
 
 import torchspec_hpc
 from torchspec_hpc.config import Config, RunDir
+from torchspec_hpc.config.checkpoint_files import CheckpointMeta, Progress, latest_checkpoint
 from torchspec_hpc.config.endpoints import Endpoints, read_secret
+from torchspec_hpc.config.rundir import cache_dir
 from torchspec_hpc.data.dataset import TokenDataset, prepare_dataset
 from torchspec_hpc.data.sampler import Sampler
 from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.target.spec import TargetSpec
 from torchspec_hpc.training.batches import MicroBatches, samples_per_step, steps_of_run
 from torchspec_hpc.training.checkpoint import Checkpointer
-from torchspec_hpc.training.checkpoint_files import CheckpointMeta, Progress, latest_checkpoint
 from torchspec_hpc.training.draft import build_draft
 from torchspec_hpc.training.evaluation import EvaluationSet
 from torchspec_hpc.training.meter import EngineMonitor
@@ -104,19 +105,11 @@ def build_trainer(
 
 
 def _open_held_out(config: Config, world: World) -> list[TokenDataset]:
-    """The evaluation data, or nothing.
-
-    Raises:
-        ConfigError: Evaluation is asked for, and there are no data.
-    """
-    if not config.dataset.eval_interval:
+    """The evaluation data, or nothing."""
+    path = config.dataset.eval_data_path
+    if not config.dataset.eval_interval or path is None:
         return []
-    if config.dataset.eval_data_path is None:
-        raise ConfigError(
-            f"dataset.eval_interval is {config.dataset.eval_interval} without data",
-            hint="set dataset.eval_data_path, or dataset.eval_interval: 0",
-        )
-    return [_open_dataset(config, world, config.dataset.eval_data_path)]
+    return [_open_dataset(config, world, path)]
 
 
 def _open_dataset(config: Config, world: World, path: str) -> TokenDataset:
@@ -128,7 +121,7 @@ def _open_dataset(config: Config, world: World, path: str) -> TokenDataset:
         config.dataset,
         config.model,
         config.training.max_seq_length,
-        Path(config.cache_dir or Path(config.output_dir) / "cache"),
+        cache_dir(config),
     )
     if world.is_main:
         dist.barrier()
@@ -182,17 +175,8 @@ def _describe(
 
 
 def _load(config: Config, run: RunDir, checkpointer: Checkpointer) -> Progress:
-    """Goes on where the run was, else where ``load_path`` was, else from the start.
-
-    Raises:
-        ConfigError: ``continual_training`` has no weights to start from.
-    """
+    """Goes on where the run was, else where ``load_path`` was, else from the start."""
     settings = config.training
-    if settings.continual_training and settings.load_path is None:
-        raise ConfigError(
-            "training.continual_training is true without training.load_path",
-            hint="set training.load_path to a checkpoint, or training.continual_training: false",
-        )
     latest = latest_checkpoint(run)
     if latest is not None:
         return checkpointer.load(latest)

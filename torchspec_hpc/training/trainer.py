@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from torchspec_hpc.config import Config, RunDir
+from torchspec_hpc.config.checkpoint_files import Progress
 from torchspec_hpc.config.rundir import write_atomic
 from torchspec_hpc.errors import EXIT_DONE, EXIT_REQUEUE, TorchspecError
 from torchspec_hpc.observe.metrics import MetricsWriter
 from torchspec_hpc.training.batches import MicroBatches, StepData, samples_per_step
 from torchspec_hpc.training.checkpoint import Checkpointer
-from torchspec_hpc.training.checkpoint_files import Progress
 from torchspec_hpc.training.evaluation import EvaluationSet
 from torchspec_hpc.training.meter import Costs, EngineMonitor, Meter
 from torchspec_hpc.training.optim import Schedule, set_hyperparameters

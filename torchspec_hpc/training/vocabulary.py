@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from torchspec_hpc.config import Config, RunDir
+from torchspec_hpc.config.rundir import KEPT_IDS
 from torchspec_hpc.data.dataset import TokenDataset
 from torchspec_hpc.data.vocab import draft_vocabulary
 from torchspec_hpc.target.spec import TargetSpec
-from torchspec_hpc.training.checkpoint_files import KEPT_IDS
 from torchspec_hpc.training.parallel import World
 
 
@@ -35,7 +35,7 @@ def load_kept_ids(
     size = config.model.draft_vocab_size
     if size is None or size == spec.vocab_size:
         return None
-    path: Path = run.root / KEPT_IDS
+    path = run.kept_ids
     if world.is_main and not path.exists():
         before = config.training.load_path and Path(config.training.load_path) / KEPT_IDS
         if before and before.is_file():

@@ -35,7 +35,7 @@ def main() -> int:
         print("the engine has a fit", file=sys.stderr)
         return 3
     if plan.engine != "never ready":
-        write_atomic(run.heartbeats / f"inference_{rank}.json", {"ready": True})
+        write_atomic(run.ready / f"inference_{rank}.json", {"ready": True})
     if plan.engine == "die later":
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGKILL)

@@ -9,11 +9,11 @@ import sys
 import time
 
 from tests.slurm.fake_workers.plan import Plan
+from torchspec_hpc.config.checkpoint_files import latest_step
 from torchspec_hpc.config.endpoints import Endpoints
 from torchspec_hpc.config.rundir import RunDir, write_atomic
 from torchspec_hpc.errors import EXIT_DONE, EXIT_REQUEUE, TorchspecError, UserError
 from torchspec_hpc.observe.logs import report_error, setup_logging
-from torchspec_hpc.slurm.attempts import latest_step
 
 
 class Trainer:
@@ -39,7 +39,7 @@ class Trainer:
 
     def save(self) -> None:
         (self.run.checkpoints / f"step_{self.step}").mkdir(parents=True, exist_ok=True)
-        write_atomic(self.run.checkpoints / "latest", f"step_{self.step}\n")
+        write_atomic(self.run.latest_checkpoint, f"step_{self.step}\n")
 
 
 def raise_for(code: int) -> None:

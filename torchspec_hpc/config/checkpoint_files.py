@@ -23,7 +23,6 @@ from typing import Any
 from torchspec_hpc.config.rundir import RunDir, write_atomic
 from torchspec_hpc.errors import UserError
 
-KEPT_IDS = "kept_ids.npy"
 _META = "meta.json"
 
 
@@ -73,15 +72,16 @@ class CheckpointMeta:
         """
         try:
             content = json.loads((folder / _META).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"{folder} is not a complete checkpoint: {error}",
                 allowed="a folder <run>/checkpoints/step_<n> with its meta.json",
             ) from error
         names = {item.name for item in fields(cls)}
-        if content.get("format_version") != cls.format_version or set(content) != names:
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if version != cls.format_version or set(content) != names:
             raise UserError(
-                f"{folder} was written in another format ({content.get('format_version')})",
+                f"{folder} was written in another format ({version})",
                 allowed=f"format_version {cls.format_version}",
                 hint="read it with the version of torchspec_hpc that wrote it",
             )
@@ -124,34 +124,77 @@ def latest_checkpoint(run: RunDir) -> Path | None:
     Raises:
         UserError: ``latest`` names a folder that is not there.
     """
-    pointer = run.checkpoints / "latest"
-    if not pointer.exists():
+    name = _latest_name(run)
+    if name is None:
         return None
-    folder = Path(run.checkpoints / pointer.read_text(encoding="utf-8").strip())
+    folder = run.checkpoints / name
     if not folder.is_dir():
         raise UserError(
-            f"{pointer} names {folder.name}, which is not there",
+            f"{run.latest_checkpoint} names {name}, which is not there",
             hint="write the name of a complete step_<n> folder into it, or remove it",
         )
     return folder
 
 
-def publish(temporary: Path, folder: Path, keep: int) -> None:
+def latest_step(run: RunDir) -> int:
+    """Optimizer step of the newest checkpoint; 0 before the first.
+
+    Raises:
+        UserError: ``latest`` names no checkpoint.
+    """
+    name = _latest_name(run)
+    if name is None:
+        return 0
+    number = name.removeprefix("step_")
+    if not number.isdecimal():
+        raise UserError(f"{run.latest_checkpoint} holds {name!r}", allowed="step_<n>")
+    return int(number)
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint meant by a run, a ``checkpoints`` directory or one checkpoint.
+
+    Raises:
+        UserError: There is none.
+    """
+    path = path.absolute()
+    if (path / _META).is_file():
+        return path
+    run = RunDir(path.parent)
+    latest = latest_checkpoint(run if path == run.checkpoints else RunDir(path))
+    if latest is None:
+        raise UserError(
+            f"{path} holds no checkpoint",
+            allowed="a run directory, its checkpoints directory, or one checkpoint in it",
+            hint="a run writes its first checkpoint after training.save_interval steps",
+        )
+    return latest
+
+
+def publish(run: RunDir, temporary: Path, folder: Path, keep: int) -> None:
     """Gives a complete checkpoint its name, makes it the latest, removes old ones.
 
     Args:
+        run: The run.
         temporary: The folder as it was written.
         folder: Its name from now on.
         keep: Number of newest checkpoints that stay; the latest always does.
     """
     shutil.rmtree(folder, ignore_errors=True)  # an attempt that died before moving `latest`
     temporary.rename(folder)
-    write_atomic(folder.with_name("latest"), folder.name + "\n")
-    numbers = {path: path.name.removeprefix("step_") for path in folder.parent.glob("step_*")}
+    write_atomic(run.latest_checkpoint, folder.name + "\n")
+    numbers = {path: path.name.removeprefix("step_") for path in run.checkpoints.glob("step_*")}
     complete = sorted((int(number), path) for path, number in numbers.items() if number.isdigit())
     for _, path in complete[:-keep]:
         if path != folder:
             shutil.rmtree(path)
+
+
+def _latest_name(run: RunDir) -> str | None:
+    try:
+        return run.latest_checkpoint.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:  # before the first
+        return None
 
 
 def _difference(found: Any, ours: Any, name: str = "") -> str:

@@ -6,9 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from torchspec_hpc.config.checkpoint_files import (
+    CheckpointMeta,
+    find_checkpoint,
+    latest_checkpoint,
+    latest_step,
+    publish,
+)
 from torchspec_hpc.config.rundir import RunDir
 from torchspec_hpc.errors import UserError
-from torchspec_hpc.training.checkpoint_files import CheckpointMeta, latest_checkpoint, publish
 
 META = CheckpointMeta(
     step=3,
@@ -24,7 +30,7 @@ def complete(run: RunDir, step: int, keep: int = 2) -> None:
     folder = run.checkpoints / f"step_{step}"
     temporary = folder.with_name(folder.name + ".tmp")
     temporary.mkdir(parents=True)
-    publish(temporary, folder, keep)
+    publish(run, temporary, folder, keep)
 
 
 def names(run: RunDir) -> list[str]:
@@ -67,9 +73,33 @@ def test_an_unfinished_checkpoint_is_never_the_latest(tmp_path: Path):
 def test_a_dangling_latest_is_an_error(tmp_path: Path):
     run = RunDir(tmp_path)
     run.checkpoints.mkdir()
-    (run.checkpoints / "latest").write_text("step_7\n")
+    run.latest_checkpoint.write_text("step_7\n")
     with pytest.raises(UserError, match="names step_7, which is not there"):
         latest_checkpoint(run)
+
+
+def test_latest_step(tmp_path: Path):
+    run = RunDir(tmp_path)
+    assert latest_step(run) == 0
+    complete(run, 30)
+    assert latest_step(run) == 30
+    run.latest_checkpoint.write_text("best\n")
+    with pytest.raises(UserError, match=r"latest holds 'best'"):
+        latest_step(run)
+
+
+def test_a_checkpoint_is_found_from_where_one_points(tmp_path: Path):
+    run = RunDir(tmp_path / "run")
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        find_checkpoint(run.root)
+    complete(run, 1)
+    complete(run, 2)
+    META.write(run.checkpoints / "step_1")
+    assert find_checkpoint(run.root) == run.checkpoints / "step_2"
+    assert find_checkpoint(run.checkpoints) == run.checkpoints / "step_2"
+    assert find_checkpoint(run.checkpoints / "step_1") == run.checkpoints / "step_1"
+    with pytest.raises(UserError, match="step_2 holds no checkpoint"):  # without meta.json
+        find_checkpoint(run.checkpoints / "step_2")
 
 
 def test_meta_survives_the_file(tmp_path: Path):
@@ -103,6 +133,9 @@ def test_another_run_is_refused(tmp_path: Path, change, message):
 
 def test_no_checkpoint_and_another_format(tmp_path: Path):
     with pytest.raises(UserError, match="is not a complete checkpoint"):
+        CheckpointMeta.read(tmp_path)
+    (tmp_path / "meta.json").write_text("[]")
+    with pytest.raises(UserError, match=r"another format \(None\)"):
         CheckpointMeta.read(tmp_path)
     META.write(tmp_path)
     content = json.loads((tmp_path / "meta.json").read_text())
