@@ -13,7 +13,7 @@ import sys
 from submitit.core.utils import FailedJobError
 
 from torchspec_hpc.config import load_config
-from torchspec_hpc.errors import EXIT_CRASH, EXIT_USER_ERROR, UserError
+from torchspec_hpc.errors import EXIT_CRASH, EXIT_USER_ERROR, TorchspecError, UserError
 from torchspec_hpc.slurm.submit import submit
 
 
@@ -34,6 +34,6 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     try:
         sys.exit(main(*sys.argv[1:]))
-    except UserError as error:
+    except TorchspecError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        sys.exit(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_CRASH)

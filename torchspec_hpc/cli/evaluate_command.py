@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +25,25 @@ def evaluate_command(
     baseline: bool,
     limit: int | None,
     output: Path | None,
-) -> list[Measurement]:
+) -> None:
     """Measures the target alone, then each draft, and prints one row for each."""
     named = [parse_draft(text) for text in drafts]
     if not named and not baseline:
         raise UserError("nothing to evaluate", hint="give --draft DIR, or leave out --no-baseline")
     messages = read_prompts(prompts, limit)
     console = Console()
-    log = (output.parent if output else Path(tempfile.gettempdir())) / "evaluate.log"
+    folder = output.parent if output else Path(tempfile.mkdtemp(prefix="torchspec-evaluate-"))
+    log = folder / "evaluate.log"
     results: list[Measurement] = []
     todo: list[tuple[str, Path | None]] = [(BASELINE, None)] if baseline else []
     for name, folder in [*todo, *named]:
         with console.status(f"{name}: {len(messages)} prompts in vLLM (log: {log})"):
             results.append(measure(settings, messages, name=name, draft=folder, log=log))
         console.print(f"{name}: {results[-1].tokens_per_s:.1f} tokens/s")
-    console.print(results_table(results, settings))
+    figures = to_json(results, settings, prompts)
+    console.print(served_table(figures))
     if output:
-        write_atomic(output, to_json(results, settings, prompts))
-    return results
+        write_atomic(output, figures)
 
 
 def parse_draft(text: str) -> tuple[str, Path]:
@@ -52,28 +53,27 @@ def parse_draft(text: str) -> tuple[str, Path]:
     return (name if separator else path.name), path
 
 
-def results_table(results: list[Measurement], settings: ServeSettings) -> Table:
-    """One row a measurement."""
-    k = settings.num_speculative_tokens
-    table = Table(title=f"Served in vLLM, k = {k}, greedy, {settings.concurrency} in flight")
-    for column in ("draft", "acceptance length", *(f"pos {i + 1}" for i in range(k))):
-        table.add_column(column, justify="left" if column == "draft" else "right")
-    table.add_column("tokens/s", justify="right")
-    table.add_column("same answers", justify="right")
+def to_json(results: list[Measurement], settings: ServeSettings, prompts: Path) -> dict[str, Any]:
+    """What ``--output`` writes; answers are compared with those of the target alone."""
     reference = results[0] if results[0].name == BASELINE else None
+    rows = []
     for result in results:
-        positions = [f"{share:.2f}" for share in result.accept_by_position] or ["-"] * k
-        same = f"{result.same_outputs(reference):.0%}" if reference else "-"
-        speed = f"{result.tokens_per_s:.1f}"
-        table.add_row(result.name, f"{result.accept_len:.3f}", *positions, speed, same)
+        same = result.same_outputs(reference) if reference else None
+        rows.append(result.summary() | {"same_answers": same})
+    return {"prompts": str(prompts), "settings": asdict(settings), "results": rows}
+
+
+def served_table(figures: dict[str, Any]) -> Table:
+    """One row a measurement, from what :func:`to_json` returns."""
+    settings = figures["settings"]
+    k, concurrency = settings["num_speculative_tokens"], settings["concurrency"]
+    table = Table(title=f"Served in vLLM, k = {k}, {concurrency} in flight")
+    for column in ("draft", "acceptance length", "by position", "tokens/s", "same answers"):
+        table.add_column(column, justify="left" if column == "draft" else "right")
+    for row in figures["results"]:
+        positions = " ".join(f"{share:.2f}" for share in row["accept_by_position"]) or "-"
+        same = "-" if row["same_answers"] is None else f"{row['same_answers']:.0%}"
+        speed = f"{row['tokens_per_s']:.1f}"
+        table.add_row(row["name"], f"{row['accept_len']:.3f}", positions, speed, same)
     table.caption = "acceptance length counts the bonus token: 1 + accepted / drafts"
     return table
-
-
-def to_json(results: list[Measurement], settings: ServeSettings, prompts: Path) -> dict[str, Any]:
-    """What ``--output`` writes."""
-    return {
-        "prompts": str(prompts),
-        "settings": json.loads(json.dumps(settings.__dict__)),
-        "results": [result.summary() for result in results],
-    }

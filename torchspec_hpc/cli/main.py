@@ -7,7 +7,6 @@ and the login node never loads torch.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -43,6 +42,9 @@ def root(
     if version:
         print(__version__)
         raise typer.Exit
+    from torchspec_hpc.observe.logs import log_level
+
+    logging.basicConfig(level=log_level(), format="%(levelname).1s %(name)s: %(message)s")
 
 
 @app.command()
@@ -55,9 +57,9 @@ def run(
     from torchspec_hpc.cli.progress import watch_metrics
     from torchspec_hpc.config import load_config
     from torchspec_hpc.slurm.local import run_local
-    from torchspec_hpc.slurm.submit import prepare_run
+    from torchspec_hpc.slurm.prepare import prepare_run
 
-    settings = load_config(config, overrides or ())
+    settings = load_config(config, [*(overrides or ()), "cluster=local"])
     prepared = prepare_run(settings, resume=resume)
     print(f"run directory: {prepared.root}", flush=True)
     with watch_metrics(prepared):
@@ -82,11 +84,12 @@ def submit(
 @app.command()
 def render(config: ConfigFile, overrides: Overrides = None) -> None:
     """Print the batch script that submit would send, and submit nothing."""
-    from torchspec_hpc.config import RunDir, load_config
+    from torchspec_hpc.config import load_config
+    from torchspec_hpc.slurm.prepare import run_directory
     from torchspec_hpc.slurm.render import render_script
 
     settings = load_config(config, overrides or ())
-    print(render_script(settings, RunDir(Path(settings.output_dir) / str(settings.run_name))))
+    print(render_script(settings, run_directory(settings)))
 
 
 @app.command()
@@ -115,6 +118,8 @@ def evaluate(
     num_speculative_tokens: Annotated[int, typer.Option("-k", min=1)] = 3,
     max_tokens: Annotated[int, typer.Option(min=1)] = 128,
     concurrency: Annotated[int, typer.Option(min=1)] = 8,
+    tp_size: Annotated[int, typer.Option(min=1, help="GPUs of the engine.")] = 1,
+    max_model_len: Annotated[int, typer.Option(min=1, help="Tokens, prompt and answer.")] = 2048,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
 ) -> None:
@@ -127,6 +132,8 @@ def evaluate(
         num_speculative_tokens=num_speculative_tokens,
         max_tokens=max_tokens,
         concurrency=concurrency,
+        max_model_len=max_model_len,
+        tensor_parallel_size=tp_size,
     )
     evaluate_command(settings, prompts, draft or [], baseline=baseline, limit=limit, output=output)
 
@@ -142,8 +149,6 @@ def report(run_dir: RunPath) -> None:
 
 def main() -> None:
     """Entry point: user errors end with one message and exit code 2, without a traceback."""
-    level = os.environ.get("TORCHSPEC_LOG_LEVEL", "INFO").upper()
-    logging.basicConfig(level=level, format="%(levelname).1s %(name)s: %(message)s")
     try:
         app()
     except UserError as error:

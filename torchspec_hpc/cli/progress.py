@@ -59,7 +59,7 @@ def newest_line(path: Path) -> str:
     return "waiting for the first step"
 
 
-def format_record(record: dict[str, float]) -> str:
+def format_record(record: dict[str, float | None]) -> str:
     """One step in one line."""
     parts = [f"step {record['step']}"]
     for key, label, form in (
@@ -69,6 +69,6 @@ def format_record(record: dict[str, float]) -> str:
         ("throughput/inference_tokens_per_s", "engine tok/s", ".0f"),
         ("throughput/wait_share", "waiting", ".0%"),
     ):
-        if key in record:
+        if record.get(key) is not None:  # null: the step's gradient was not finite
             parts.append(f"{label} {record[key]:{form}}")
     return "  ".join(parts)

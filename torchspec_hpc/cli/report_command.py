@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import statistics
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from torchspec_hpc.cli.evaluate_command import served_table
 from torchspec_hpc.config import RunDir, load_config
 from torchspec_hpc.errors import UserError
 
@@ -24,9 +24,8 @@ def report_command(run: RunDir) -> None:
     console = Console()
     console.print(training_table(window, load_config(run.config).training.ttt_length))
     console.print(speed_table(records))
-    evaluation = run.root / "evaluation.json"
-    if evaluation.is_file():
-        console.print(served_table(json.loads(evaluation.read_text(encoding="utf-8"))))
+    if run.evaluation.is_file():
+        console.print(served_table(json.loads(run.evaluation.read_text(encoding="utf-8"))))
 
 
 def read_records(path: Path) -> list[dict[str, float]]:
@@ -78,20 +77,4 @@ def speed_table(records: list[dict[str, float]]) -> Table:
     ):
         value = mean(steady, key) / (1e6 if key == "transfer/bytes_per_s" else 1)
         table.add_row(label, form.format(value))
-    return table
-
-
-def served_table(evaluation: dict[str, Any]) -> Table:
-    """Acceptance length and speed in the served engine."""
-    settings = evaluation["settings"]
-    table = Table(
-        title=f"Served in vLLM, k = {settings['num_speculative_tokens']}, "
-        f"{settings['concurrency']} in flight"
-    )
-    for column in ("draft", "acceptance length", "by position", "tokens/s"):
-        table.add_column(column, justify="left" if column == "draft" else "right")
-    for result in evaluation["results"]:
-        positions = " ".join(f"{share:.2f}" for share in result["accept_by_position"])
-        figures = (f"{result['accept_len']:.3f}", positions, f"{result['tokens_per_s']:.1f}")
-        table.add_row(result["name"], *figures)
     return table
