@@ -56,6 +56,7 @@ def test_a_finished_run_is_not_overwritten(config_file: ConfigWriter, tmp_path: 
         ({"model": {"draft_vocab_size": 1000}}, "1 to 512"),
         ({"training": {"max_seq_length": 1024}}, "up to 512"),
         ({"training": {"max_seq_len": 1024}}, "did you mean training.max_seq_length"),
+        ({"inference": {"engine": "tokenspeed"}}, "inference.engine is tokenspeed"),
         ({"output_dir": "/proc/nowhere"}, "cannot write the run directory"),
     ],
 )
@@ -87,10 +88,6 @@ def _wrong_columns(folder: Path) -> dict[str, object]:
     return {"dataset": {"train_data_path": str(path)}}
 
 
-def _unknown_engine(_: Path) -> dict[str, object]:
-    return {"inference": {"engine": "tokenspeed"}}
-
-
 def _port_in_use(_: Path) -> dict[str, object]:
     holder = socket.create_server(("127.0.0.1", 0))
     _HELD.append(holder)
@@ -106,7 +103,6 @@ _HELD: list[socket.socket] = []
         (_no_chat_template, "chat template"),
         (_broken_data, "broken JSON"),
         (_wrong_columns, "text"),
-        (_unknown_engine, "inference.engine is tokenspeed"),
         (_port_in_use, "control.port"),
     ],
 )

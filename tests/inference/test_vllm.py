@@ -41,12 +41,12 @@ EXTRA_ARGS = {
 def engine(
     services: Endpoints, tmp_path_factory: pytest.TempPathFactory, tiny_target: Path
 ) -> Iterator[VllmEngine]:
-    vllm = {"max_num_batched_tokens": 64, "extra_args": EXTRA_ARGS, "kv_cache_bytes": 64 << 20}
+    vllm = {"extra_args": EXTRA_ARGS, "kv_cache_bytes": 64 << 20}
     run = make_run(
         tmp_path_factory.mktemp("vllm") / "run",
         tiny_target,
         services,
-        inference={"engine": "vllm", "vllm": vllm},
+        inference={"engine": "vllm", "max_num_batched_tokens": 64, "vllm": vllm},
     )
     engine = VllmEngine(context_of(run))
     yield engine

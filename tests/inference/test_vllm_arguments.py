@@ -52,8 +52,15 @@ def test_on_a_cpu(context: Any, tiny_target: Path) -> None:
 
 
 def test_on_a_gpu(context: Any) -> None:
-    settings = {"mem_fraction_static": 0.8, "tp_size": 2, "max_num_batched_tokens": 4096}
-    arguments = llm_arguments(context("cuda", vllm=settings, dtype="bfloat16"))
+    settings = {
+        "inference_num_gpus": 2,
+        "inference_num_gpus_per_engine": 2,
+        "inference_num_gpus_per_node": 2,
+        "max_num_batched_tokens": 4096,
+        "dtype": "bfloat16",
+        "vllm": {"mem_fraction_static": 0.8, "tp_size": 2},
+    }
+    arguments = llm_arguments(context("cuda", **settings))
     assert arguments["gpu_memory_utilization"] == 0.8
     assert arguments["tensor_parallel_size"] == 2
     assert arguments["max_num_batched_tokens"] == 4096

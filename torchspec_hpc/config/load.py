@@ -121,7 +121,10 @@ def _explain(error: ValidationError, source: str) -> str:
         elif item["type"] == "missing":
             lines.append(f"  {name}: missing")
         else:
-            lines.append(f"  {name}: {item['msg']} (found {item['input']!r})")
+            message = item["msg"].removeprefix("Value error, ")
+            # a relation between keys says itself what was found
+            found = "" if isinstance(item["input"], Mapping) else f" (found {item['input']!r})"
+            lines.append(f"  {name}: {message}{found}")
     return "\n".join(lines)
 
 

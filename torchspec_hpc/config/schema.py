@@ -1,8 +1,8 @@
 """Every setting, its type, default, unit and meaning.
 
-Names follow the reference system (TorchSpec) where it has the setting, so that
-its configurations load here.  All models are frozen and strict: an unknown key
-or a value of another type is an error.
+Names follow the reference system (TorchSpec) where it has the setting.  Its configurations
+need editing all the same: keys that we do not have are errors.  All models are frozen and
+strict: an unknown key or a value of another type is an error.
 
 A *device slot* is one GPU where there are GPUs and one process otherwise; the
 ``num_gpus`` settings count device slots.
@@ -12,46 +12,39 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from torchspec_hpc.config.types import Bytes, Ints, ModelRef, PathStr, Strs
+from torchspec_hpc.config.slurm_schema import SlurmConfig
+from torchspec_hpc.config.types import Bytes, Ints, ModelRef, Names, PathStr, Section
 
 GiB = 1024**3
 MiB = 1024**2
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, strict, unknown keys rejected."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
 
 
 class ModelConfig(Section):
     """The target model and the draft that is trained for it."""
 
     target_model_path: ModelRef = Field(description="Directory or hub id of the target model.")
-    draft_algorithm: Literal["eagle3"] = "eagle3"
+    draft_algorithm: Literal["eagle3"] = Field("eagle3", description="Kind of draft.")
     draft_model_config: PathStr | None = Field(
-        None, description="JSON file of the draft's shape; derived from the target when null."
+        None, description="JSON file of the draft's shape; null: derived from the target."
     )
     draft_vocab_size: int | None = Field(
-        None, gt=0, description="Rows of the draft head; null keeps the target's vocabulary."
+        None, gt=0, description="Rows of the draft head; null: the target's whole vocabulary."
     )
-    embedding_key: str = "model.embed_tokens.weight"
-    lm_head_key: str = "lm_head.weight"
-    norm_key: str = "model.norm.weight"
-    trust_remote_code: bool = False
+    embedding_key: str = Field("model.embed_tokens.weight", description="Its embedding tensor.")
+    lm_head_key: str = Field("lm_head.weight", description="Its output head tensor.")
+    norm_key: str = Field("model.norm.weight", description="Its last norm's tensor.")
+    trust_remote_code: bool = Field(False, description="Run Python code shipped with the target.")
 
 
 class DatasetConfig(Section):
     """Conversations, and how they become tokens and a loss mask."""
 
-    train_data_path: PathStr
-    eval_data_path: PathStr | None = None
+    train_data_path: PathStr = Field(description="Conversations to train on, JSONL or Parquet.")
+    eval_data_path: PathStr | None = Field(None, description="Held-out conversations; null: none.")
     eval_interval: int = Field(0, ge=0, description="Steps between evaluations; 0: never.")
-    chat_template: str | None = Field(
-        None, description="Path of a Jinja chat template; null: the tokenizer's own."
-    )
+    chat_template: PathStr | None = Field(None, description="Jinja file; null: the model's own.")
     prompt_key: str | None = Field(
         None, description="Column of the turns; null: conversations or messages, what is there."
     )
@@ -60,22 +53,31 @@ class DatasetConfig(Section):
     )
     min_loss_tokens: int = Field(1, ge=1, description="Rows with fewer supervised tokens are out.")
     max_rejected_share: float = Field(
-        0.1, ge=0, le=1, description="More bad rows than this share end the run."
+        0.1, ge=0, le=1, description="More bad rows than this share end the run; 1: never."
     )
-    shuffle_dataset: bool = True
+    shuffle_dataset: bool = Field(True, description="A new permutation each epoch.")
+
+    @model_validator(mode="after")
+    def _has_what_it_evaluates(self) -> DatasetConfig:
+        if self.eval_interval and self.eval_data_path is None:
+            raise ValueError(
+                f"eval_interval = {self.eval_interval} needs eval_data_path; "
+                "set it, or eval_interval to 0"
+            )
+        return self
 
 
 class TrainingConfig(Section):
     """The trainers."""
 
-    training_num_nodes: int = Field(1, ge=1)
+    training_num_nodes: int = Field(1, ge=1, description="Nodes of trainers.")
     training_num_gpus_per_node: int = Field(1, ge=1, description="Trainer processes per node.")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if there is.")
     compute_dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="Of matrix products; master weights are always float32."
     )
-    seed: int = Field(0, ge=0)
-    num_epochs: int = Field(1, ge=1)
+    seed: int = Field(0, ge=0, description="Of the draft's weights and the order of the data.")
+    num_epochs: int = Field(1, ge=1, description="Passes over the data.")
     num_train_steps: int | None = Field(
         None, ge=1, description="Optimizer steps; null: num_epochs over the data."
     )
@@ -84,58 +86,91 @@ class TrainingConfig(Section):
     max_seq_length: int = Field(2048, ge=4, description="Tokens; longer samples are truncated.")
     ttt_length: int = Field(7, ge=1, description="Steps of the training-time test, K.")
     ttt_loss_decay: float = Field(0.8, gt=0, le=1, description="Weight of TTT step i is decay^i.")
-    attention_backend: Literal["auto", "sdpa"] = "auto"
-    learning_rate: float = Field(1e-4, gt=0)
-    min_lr: float = Field(0.0, ge=0)
-    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    learning_rate: float = Field(1e-4, gt=0, description="AdamW's, at its peak.")
+    min_lr: float = Field(0.0, ge=0, description="Learning rate where the decay ends.")
+    lr_decay_style: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="From learning_rate to min_lr; constant: no decay."
+    )
     lr_total_steps: int | None = Field(None, ge=1, description="null: the length of the run.")
-    warmup_ratio: float = Field(0.015, ge=0, le=1)
-    weight_decay: float = Field(0.0, ge=0)
-    adam_betas: Annotated[tuple[float, float], BeforeValidator(lambda v: tuple(v))] = (0.9, 0.95)
-    max_grad_norm: float = Field(0.5, gt=0)
-    fsdp_strategy: Literal["full_shard", "replicate"] = "full_shard"
-    fsdp_reduce_dtype: Literal["bfloat16", "float32"] = "float32"
-    gradient_checkpointing: bool = False
+    warmup_ratio: float = Field(
+        0.015, ge=0, le=1, description="Share of lr_total_steps with a linear warm-up; 0: none."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's, of matrices only; 0: none.")
+    adam_betas: Annotated[tuple[float, float], BeforeValidator(lambda v: tuple(v))] = Field(
+        (0.9, 0.95), description="Decay rates of AdamW's first and second moment."
+    )
+    max_grad_norm: float = Field(0.5, gt=0, description="Clips gradients; 1e9: as good as off.")
+    fsdp_strategy: Literal["full_shard", "replicate"] = Field(
+        "full_shard", description="Weights and optimizer state cut over ranks, or whole on each."
+    )
+    fsdp_reduce_dtype: Literal["bfloat16", "float32"] = Field(
+        "float32", description="Of gradients while ranks add them up."
+    )
+    gradient_checkpointing: bool = Field(False, description="No effect on this draft yet.")
     save_interval: int = Field(500, ge=0, description="Steps between checkpoints; 0: at the end.")
-    save_per_epoch: bool = False
-    max_checkpoints: int = Field(3, ge=1)
-    load_path: PathStr | None = Field(None, description="Checkpoint to start from.")
+    save_per_epoch: bool = Field(False, description="A checkpoint after each epoch, too.")
+    max_checkpoints: int = Field(3, ge=1, description="Checkpoints that are kept, the newest.")
+    load_path: PathStr | None = Field(None, description="Checkpoint to start from; null: none.")
     continual_training: bool = Field(False, description="Take only the weights of load_path.")
     prefetch_depth: int = Field(4, ge=1, description="Micro-batches asked for ahead of the step.")
-    distributed_timeout_minutes: int = Field(30, ge=1)
+    distributed_timeout_minutes: int = Field(30, ge=1, description="Of a collective, minutes.")
     num_threads: int | None = Field(None, ge=1, description="CPU threads a process; null: torch's.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainingConfig:
+        if self.continual_training and self.load_path is None:
+            raise ValueError(
+                "continual_training = true needs load_path; "
+                "set it to a checkpoint, or continual_training to false"
+            )
+        if self.min_lr > self.learning_rate:
+            raise ValueError(
+                f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}; "
+                f"allowed: 0 to {self.learning_rate}"
+            )
+        return self
 
 
 class VllmConfig(Section):
     """What is handed to vLLM."""
 
-    tp_size: int = Field(1, ge=1)
-    mem_fraction_static: float | None = Field(None, gt=0, le=1)
-    max_num_batched_tokens: int | None = Field(None, ge=64)
-    enforce_eager: bool | None = Field(None, description="null: true on CPU, false on GPU.")
-    kv_cache_bytes: Bytes | None = Field(
-        None, description="KV cache of a CPU engine; null: one gibibyte."
+    tp_size: int = Field(1, ge=1, description="Equals inference_num_gpus_per_engine.")
+    mem_fraction_static: float | None = Field(
+        None, gt=0, le=1, description="Share of GPU memory for vLLM; null: its default."
     )
-    extra_args: dict[str, Any] = Field(default_factory=dict)
+    enforce_eager: bool | None = Field(None, description="No CUDA graphs; null: only on CPU.")
+    kv_cache_bytes: Bytes | None = Field(
+        None, description="Bytes of KV cache; null: 1 GiB on CPU, what mem_fraction_static leaves."
+    )
+    extra_args: dict[str, Any] = Field(
+        default_factory=dict, description="Further arguments of vllm.LLM; {}: none."
+    )
 
 
 class InferenceConfig(Section):
     """The engines that turn token ids into hidden states."""
 
-    engine: Literal["vllm", "hf", "sglang", "tokenspeed"] = "vllm"
+    engine: Literal["vllm", "hf", "sglang", "tokenspeed"] = Field(
+        "vllm", description="vllm or hf (Transformers); the others have no implementation yet."
+    )
     aux_hidden_states_layers: Ints | None = Field(
         None, description="Residual stream after l layers; null: (2, L//2, L-3)."
     )
-    inference_num_gpus: int = Field(1, ge=1)
-    inference_num_gpus_per_engine: int = Field(1, ge=1)
-    inference_num_gpus_per_node: int = Field(1, ge=1)
+    inference_num_gpus: int = Field(1, ge=1, description="Device slots of all engines together.")
+    inference_num_gpus_per_engine: int = Field(1, ge=1, description="Device slots of one engine.")
+    inference_num_gpus_per_node: int = Field(1, ge=1, description="Device slots on one node.")
     inference_batch_size: int = Field(8, ge=1, description="Prompts in one engine batch.")
+    max_num_batched_tokens: int | None = Field(
+        None, ge=64, description="Tokens of one forward pass; null: the engine's default."
+    )
     batch_invariant: bool = Field(
         False, description="Rows must not depend on their batch: slower, bit-reproducible."
     )
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    num_threads: int | None = Field(None, ge=1, description="CPU threads of an engine.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Of the target and its states; auto: the target's, float32 on CPU."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if there is.")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads an engine; null: its own.")
     vllm: VllmConfig = VllmConfig()
 
     @property
@@ -156,14 +191,40 @@ class InferenceConfig(Section):
     @property
     def engines_per_node(self) -> int:
         """Engines that start on each node; the last node may have fewer."""
-        return max(1, self.num_gpus_per_node // self.inference_num_gpus_per_engine)
+        return self.num_gpus_per_node // self.inference_num_gpus_per_engine
 
     @model_validator(mode="after")
     def _divides(self) -> InferenceConfig:
-        if self.inference_num_gpus % self.inference_num_gpus_per_engine:
+        per_engine, per_node = self.inference_num_gpus_per_engine, self.inference_num_gpus_per_node
+        if self.inference_num_gpus % per_engine:
             raise ValueError(
                 f"inference_num_gpus = {self.inference_num_gpus} is no multiple of "
-                f"inference_num_gpus_per_engine = {self.inference_num_gpus_per_engine}"
+                f"inference_num_gpus_per_engine = {per_engine}"
+            )
+        if per_engine > per_node:
+            raise ValueError(
+                f"inference_num_gpus_per_engine = {per_engine} is more than "
+                f"inference_num_gpus_per_node = {per_node}; allowed: engines that fit on one node"
+            )
+        if self.num_gpus_per_node % per_engine:
+            raise ValueError(
+                f"inference_num_gpus_per_node = {per_node} is no multiple of "
+                f"inference_num_gpus_per_engine = {per_engine}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _uses_each_device(self) -> InferenceConfig:
+        per_engine = self.inference_num_gpus_per_engine
+        if self.engine == "vllm" and self.vllm.tp_size != per_engine:
+            raise ValueError(
+                f"vllm.tp_size = {self.vllm.tp_size} and inference_num_gpus_per_engine = "
+                f"{per_engine} differ; allowed: the same number for both"
+            )
+        if self.engine == "hf" and per_engine != 1:
+            raise ValueError(
+                f"inference_num_gpus_per_engine = {per_engine} with engine hf, which has no "
+                "tensor parallelism; allowed: 1"
             )
         return self
 
@@ -171,33 +232,38 @@ class InferenceConfig(Section):
 class MooncakeConfig(Section):
     """The store that carries hidden states from engines to trainers."""
 
-    protocol: Literal["tcp", "rdma"] = "tcp"
-    device_name: str = ""
-    global_segment_size: Bytes = Field(4 * GiB, description="Per trainer rank.")
-    local_buffer_size: Bytes = Field(512 * MiB, description="Per client.")
-    enable_gpu_direct: bool = False
-    kv_lease_ttl_s: float = Field(5.0, gt=0)
+    protocol: Literal["tcp", "rdma"] = Field("tcp", description="Of transfers between nodes.")
+    device_name: str = Field(
+        "", description="RDMA devices, comma-separated, e.g. mlx5_0; empty: what Mooncake finds."
+    )
+    global_segment_size: Bytes = Field(4 * GiB, description="Bytes per trainer rank.")
+    local_buffer_size: Bytes = Field(512 * MiB, description="Bytes per client.")
+    kv_lease_ttl_s: float = Field(
+        5.0, gt=0, description="Seconds that a reader has an object for itself once it asked."
+    )
     master_port: int = Field(0, ge=0, le=65535, description="0: any free port.")
-    put_deadline_s: float = Field(300.0, gt=0, description="Longest wait for space.")
+    put_deadline_s: float = Field(300.0, gt=0, description="Longest wait for space, seconds.")
 
 
 class ControlConfig(Section):
     """Deadlines of the control plane, in seconds. Every wait has one."""
 
-    host: str | None = Field(None, description="Interface to bind; null: the node's own address.")
+    host: str | None = Field(
+        None, description="Address that services bind to and are found at; null: the node's own."
+    )
     port: int = Field(0, ge=0, le=65535, description="0: any free port.")
     service_ready_s: float = Field(300.0, gt=0, description="Mooncake master and control store.")
     engine_ready_s: float = Field(1800.0, gt=0, description="First engine up, weights loaded.")
     request_deadline_s: float = Field(600.0, gt=0, description="Then a request is sent again.")
-    request_max_tries: int = Field(5, ge=1)
+    request_max_tries: int = Field(5, ge=1, description="Tries of one request; 1: no second one.")
     stop_grace_s: float = Field(120.0, gt=0, description="From stop asked to trainers gone.")
-    heartbeat_s: float = Field(5.0, gt=0)
+    heartbeat_s: float = Field(5.0, gt=0, description="Between an engine's signs of life.")
 
 
 class LoggingConfig(Section):
     """What is reported, and where to."""
 
-    report_to: Strs = ("tensorboard",)
+    report_to: Names = Field(("tensorboard",), description="Back ends, tensorboard; none: no one.")
     log_interval: int = Field(1, ge=1, description="Steps between lines and points.")
 
     @model_validator(mode="after")
@@ -208,41 +274,10 @@ class LoggingConfig(Section):
         return self
 
 
-class SlurmGroupConfig(Section):
-    """Resources of one component of the het job, per node."""
-
-    partition: str | None = None
-    constraint: str | None = None
-    cpus_per_task: int = Field(8, ge=1)
-    mem: str | None = Field(None, description="Memory per node as Slurm spells it, e.g. 240G.")
-    gpus: Literal["gres", "gpus-per-node", "none"] = Field(
-        "gres", description="How GPUs are asked for; none: a CPU partition."
-    )
-    gpu_type: str | None = Field(None, description="As in --gres=gpu:TYPE:N.")
-    extra: Strs = Field((), description="Further sbatch options, without the leading #SBATCH.")
-
-
-class SlurmConfig(Section):
-    """The Slurm job. Only used when ``cluster`` is ``slurm``."""
-
-    account: str | None = None
-    qos: str | None = None
-    reservation: str | None = None
-    time: str = Field("04:00:00", description="Wall time of one attempt.")
-    signal_before_s: int = Field(600, ge=10, description="Warning before the time limit.")
-    requeue: bool = True
-    max_attempts: int = Field(100, ge=1, description="Attempts of the whole run, crashes too.")
-    network_interface: str | None = Field(None, description="For GLOO_ and NCCL_SOCKET_IFNAME.")
-    setup: Strs = Field((), description="Shell lines before anything else: module load ...")
-    python: str | None = Field(None, description="Interpreter on the nodes; null: this one.")
-    inference: SlurmGroupConfig = SlurmGroupConfig()
-    training: SlurmGroupConfig = SlurmGroupConfig()
-
-
 class Config(Section):
     """One run."""
 
-    cluster: Literal["local", "slurm"] = "local"
+    cluster: Literal["local", "slurm"] = Field("local", description="This machine, or a Slurm job.")
     run_name: str | None = Field(
         None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="null: file name and time."
     )

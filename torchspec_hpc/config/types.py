@@ -1,4 +1,4 @@
-"""Field types that know where a configuration came from."""
+"""What sections are made of: their base, and field types that know where a value came from."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ByteSize, TypeAdapter, ValidationInfo
+from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, TypeAdapter, ValidationInfo
 
 _BYTE_SIZE = TypeAdapter(ByteSize)
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, strict, unknown keys rejected."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
 
 
 class FromCommandLine(str):
@@ -46,6 +52,10 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _names(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else _tuple(value)
+
+
 #: A file or directory; relative ones start at the directory of the YAML file.
 PathStr = Annotated[str, BeforeValidator(_resolve_path)]
 #: A model directory or a hub id.
@@ -54,5 +64,7 @@ ModelRef = Annotated[str, BeforeValidator(_resolve_model)]
 Bytes = Annotated[int, BeforeValidator(_parse_bytes)]
 Ints = Annotated[tuple[int, ...], BeforeValidator(_tuple)]
 Strs = Annotated[tuple[str, ...], BeforeValidator(_tuple)]
+#: A list of names; one name needs no list.
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 #: Of weights and matrix products.
 Dtype = Literal["bfloat16", "float16", "float32"]

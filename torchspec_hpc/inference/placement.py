@@ -31,30 +31,15 @@ def place(inference: InferenceConfig, rank: int, num_ranks: int) -> Placement:
     """Places one rank; ranks fill the nodes one after the other, as ``srun`` does by default.
 
     Raises:
-        ConfigError: The number of ranks is not the number of engines, an engine
-            does not fit on a node, or its parallelism is not its number of devices.
+        ConfigError: The number of ranks is not the number of engines.
     """
     per_engine = inference.inference_num_gpus_per_engine
-    per_node = inference.inference_num_gpus_per_node
     if num_ranks != inference.num_engines:
         raise ConfigError(
             f"the inference group has {num_ranks} ranks for {inference.num_engines} engines "
             f"(inference_num_gpus = {inference.inference_num_gpus}, "
             f"inference_num_gpus_per_engine = {per_engine})",
             hint="start one task for each engine",
-        )
-    if per_engine > per_node:
-        raise ConfigError(
-            f"inference_num_gpus_per_engine = {per_engine} is more than "
-            f"inference_num_gpus_per_node = {per_node}",
-            allowed="engines that fit on one node",
-        )
-    tp_size = inference.vllm.tp_size if inference.engine == "vllm" else 1
-    if tp_size != per_engine:
-        name = "inference.vllm.tp_size" if inference.engine == "vllm" else "tensor parallelism"
-        raise ConfigError(
-            f"{name} = {tp_size} and inference_num_gpus_per_engine = {per_engine} differ",
-            allowed="an engine that uses each of its devices",
         )
     node, local = divmod(rank, inference.engines_per_node)
     return Placement(rank, node, tuple(range(local * per_engine, (local + 1) * per_engine)))

@@ -22,7 +22,7 @@ from torchspec_hpc.inference.engines.base import (
 from torchspec_hpc.inference.writer import StateWriter
 from torchspec_hpc.transfer.store import HiddenStateStore
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 #: Tokens of one forward pass, padding included, when the configuration names none.
 _DEFAULT_BATCH_TOKENS = 8192
@@ -38,7 +38,7 @@ class HfEngine:
         if inference.num_threads is not None:
             torch.set_num_threads(inference.num_threads)
         self.max_prompts = 1 if inference.batch_invariant else inference.inference_batch_size
-        self.max_tokens = inference.vllm.max_num_batched_tokens or _DEFAULT_BATCH_TOKENS
+        self.max_tokens = inference.max_num_batched_tokens or _DEFAULT_BATCH_TOKENS
         self._max_prompt_tokens = context.max_prompt_tokens
         self._vocab_size = context.spec.vocab_size
         self._target = HookedTarget(
@@ -117,7 +117,7 @@ class HookedTarget:
         self._captured: dict[int, Tensor] = {}
         for index in set(self._layers):
             decoder[index - 1].register_forward_hook(self._keep(index))
-        _logger.info("loaded %s in %s on %s", type(model).__name__, dtype, device)
+        logger.info("loaded %s in %s on %s", type(model).__name__, dtype, device)
 
     def _keep(self, index: int) -> Any:
         # transformers 4 returns a tuple from a decoder layer, transformers 5 the tensor

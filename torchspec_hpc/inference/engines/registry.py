@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 from typing import cast
 
+from torchspec_hpc.config.engines import require_implemented
 from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.inference.engines.base import Engine, EngineContext
 
-#: Module and class of each value of ``inference.engine`` that works.
+#: Module and class of each implemented engine.
 _ENGINES = {
     "vllm": ("torchspec_hpc.inference.engines.vllm", "VllmEngine"),
     "hf": ("torchspec_hpc.inference.engines.hf", "HfEngine"),
@@ -23,12 +24,7 @@ def create_engine(context: EngineContext) -> Engine:
             the target or its settings.
     """
     name = context.config.inference.engine
-    if name not in _ENGINES:
-        raise ConfigError(
-            f"inference.engine is {name}, which has no implementation yet",
-            allowed=", ".join(_ENGINES),
-            hint="set inference.engine=vllm",
-        )
+    require_implemented(name)
     module, attribute = _ENGINES[name]
     try:
         return cast("Engine", getattr(importlib.import_module(module), attribute)(context))

@@ -1,0 +1,119 @@
+"""The settings themselves: each is described, and those that must fit together do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from torchspec_hpc.config.schema import Config, DatasetConfig, InferenceConfig, TrainingConfig
+from torchspec_hpc.config.slurm_schema import SlurmConfig, time_limit_s
+
+
+def leaves(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str | None]]:
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from leaves(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field.description
+
+
+def test_every_setting_is_described() -> None:
+    described = dict(leaves(Config))
+    assert len(described) > 90
+    assert [name for name, description in described.items() if not description] == []
+
+
+def engines(gpus: int, per_engine: int, per_node: int, tp_size: int = 1, **more: Any) -> Any:
+    return {
+        "inference_num_gpus": gpus,
+        "inference_num_gpus_per_engine": per_engine,
+        "inference_num_gpus_per_node": per_node,
+        "vllm": {"tp_size": tp_size},
+        **more,
+    }
+
+
+def refuse(section: type[BaseModel], values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        section.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (engines(3, 2, 2, 2), "inference_num_gpus = 3 is no multiple"),
+        (engines(8, 8, 4, 8), "is more than inference_num_gpus_per_node = 4; allowed"),
+        (engines(6, 2, 3, 2), "inference_num_gpus_per_node = 3 is no multiple"),
+        (engines(2, 2, 2), "vllm.tp_size = 1 and inference_num_gpus_per_engine = 2 differ"),
+        (engines(2, 1, 2, 2), "vllm.tp_size = 2 and inference_num_gpus_per_engine = 1 differ"),
+        (engines(2, 2, 2, engine="hf"), "per_engine = 2 with engine hf.*allowed: 1"),
+    ],
+)
+def test_engines_that_do_not_fit(values: dict[str, Any], message: str) -> None:
+    refuse(InferenceConfig, values, message)
+
+
+@pytest.mark.parametrize(
+    "values", [engines(16, 8, 8, 8), engines(2, 2, 3, 2), engines(4, 1, 1), engines(3, 1, 2)]
+)
+def test_engines_that_fit(values: dict[str, Any]) -> None:
+    group = InferenceConfig.model_validate(values)
+    assert group.num_engines <= group.num_nodes * group.engines_per_node
+
+
+def test_evaluation_needs_data() -> None:
+    refuse(
+        DatasetConfig,
+        {"train_data_path": "x", "eval_interval": 3},
+        "eval_interval = 3 needs eval_data_path",
+    )
+
+
+def test_weights_need_a_checkpoint() -> None:
+    refuse(TrainingConfig, {"continual_training": True}, "continual_training = true needs load_p")
+
+
+def test_a_floor_above_the_peak() -> None:
+    refuse(
+        TrainingConfig,
+        {"learning_rate": 1e-4, "min_lr": 2e-4},
+        "min_lr = 0.0002 is above learning_rate = 0.0001; allowed: 0 to 0.0001",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("90", 5400),
+        ("10:30", 630),
+        ("04:00:00", 4 * 3600),
+        ("2-3", 51 * 3600),
+        ("1-02:03", 26 * 3600 + 180),
+        ("1-02:03:04", 26 * 3600 + 184),
+        ("UNLIMITED", math.inf),
+        ("infinite", math.inf),
+        ("0", math.inf),
+    ],
+)
+def test_times_as_slurm_reads_them(text: str, seconds: float) -> None:
+    assert time_limit_s(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "4h", "1-", ":30", "1:2:3:4", "-1", "1-2:3:4:5", "1.5"])
+def test_times_that_slurm_does_not_read(text: str) -> None:
+    refuse(SlurmConfig, {"time": text}, "no time of Slurm's; allowed: minutes, MM:SS")
+
+
+def test_minutes_may_be_a_number() -> None:
+    assert SlurmConfig.model_validate({"time": 90}).time == "90"
+
+
+def test_the_warning_comes_within_the_time() -> None:
+    message = "signal_before_s = 600 is not less than time = 10; allowed: less than 600 seconds"
+    refuse(SlurmConfig, {"time": "10", "signal_before_s": 600}, message)
+    SlurmConfig.model_validate({"time": "10:01", "signal_before_s": 600})
+    SlurmConfig.model_validate({"time": "UNLIMITED", "signal_before_s": 600})

@@ -1,0 +1,48 @@
+"""What is refused before a job waits in the queue."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.slurm.configs import SMALL
+from torchspec_hpc.config.load import parse_config
+from torchspec_hpc.config.schema import Config
+from torchspec_hpc.errors import UserError
+from torchspec_hpc.slurm.inputs import check_inputs
+
+
+def config_with(folder: Path, section: str, **values: Any) -> Config:
+    raw = {**SMALL, "output_dir": str(folder), section: SMALL.get(section, {}) | values}
+    return parse_config(raw, base_dir=folder, source="test")
+
+
+FILES = [
+    ("dataset", "train_data_path"),
+    ("dataset", "eval_data_path"),
+    ("dataset", "chat_template"),
+    ("model", "draft_model_config"),
+    ("training", "load_path"),
+]
+
+
+@pytest.mark.parametrize(("section", "key"), FILES)
+def test_a_file_that_is_not_there(tmp_path: Path, section: str, key: str) -> None:
+    config = config_with(tmp_path, section, **{key: "missing"})
+    with pytest.raises(UserError, match=rf"{section}\.{key} = {tmp_path}/missing: no such file"):
+        check_inputs(config)
+
+
+@pytest.mark.parametrize(("section", "key"), FILES)
+def test_a_file_that_is_there(tmp_path: Path, section: str, key: str) -> None:
+    (tmp_path / "there").touch()
+    check_inputs(config_with(tmp_path, section, **{key: "there"}))
+
+
+@pytest.mark.parametrize("engine", ["sglang", "tokenspeed"])
+def test_an_engine_that_is_only_a_name(tmp_path: Path, engine: str) -> None:
+    config = config_with(tmp_path, "inference", engine=engine)
+    with pytest.raises(UserError, match=rf"engine is {engine}, which has.*\n  allowed: vllm, hf"):
+        check_inputs(config)
