@@ -29,6 +29,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunDir]:
         root.addHandler(handler)
     root.setLevel(before[0])
     logging.getLogger("torchspec_hpc").setLevel(before[2])
+    logging.getLogger("__main__").setLevel(logging.NOTSET)
 
 
 def test_a_rank_has_its_own_file_and_latest_points_to_its_attempt(run: RunDir):
@@ -58,8 +59,10 @@ def test_level(run: RunDir, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TORCHSPEC_LOG_LEVEL", "debug")
     path = setup_logging("training", 0, run, 0)
     logging.getLogger("torchspec_hpc.x").debug("ours")
+    logging.getLogger("__main__").debug("of python -m")
     logging.getLogger("somebody.else").info("theirs")
     assert "ours" in path.read_text()
+    assert "of python -m" in path.read_text()
     assert "theirs" not in path.read_text()
     monkeypatch.setenv("TORCHSPEC_LOG_LEVEL", "loud")
     with pytest.raises(UserError, match=r"TORCHSPEC_LOG_LEVEL is 'loud'(.|\n)*DEBUG, INFO"):

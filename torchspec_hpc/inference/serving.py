@@ -12,7 +12,7 @@ from torchspec_hpc.inference.engines.base import Captured, Engine, EnginePrompt,
 from torchspec_hpc.transfer.control import ControlClient
 from torchspec_hpc.transfer.messages import MessageError, Receipt, Refusal, Request
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 #: How long one look into an empty queue lasts, in seconds.
 _IDLE_POLL_S = 0.5
@@ -74,7 +74,7 @@ class Heartbeat:
                 self.beat()
         except TorchspecError as error:
             # the serving loop meets the same error at its next call and ends the process
-            _logger.warning("no more heartbeats: %s", error)
+            logger.warning("no more heartbeats: %s", error)
 
 
 class Server:
@@ -125,7 +125,7 @@ class Server:
             if request is not None:
                 request.tokens  # noqa: B018 - raises here when the bytes are no token ids
         except MessageError as error:  # whoever sent it hears nothing and asks again
-            _logger.error("dropped a request: %s", error)
+            logger.error("dropped a request: %s", error)
             return None
         return request
 
@@ -154,7 +154,7 @@ class Server:
             )
         else:
             self._progress.refused += 1
-            _logger.warning("refused %s: %s", request.ticket, result.reason)
+            logger.warning("refused %s: %s", request.ticket, result.reason)
             reply = Refusal(
                 ticket=request.ticket,
                 key=result.key,

@@ -31,7 +31,7 @@ from torchspec_hpc.transfer.control import ControlClient
 
 ROLE = "inference"
 
-_logger = logging.getLogger("torchspec_hpc.inference.worker")  # __name__ is __main__
+logger = logging.getLogger(__name__)
 _stop = threading.Event()
 
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _take_devices(config, arguments.rank, arguments.num_ranks)
         _serve(config, run, endpoints, arguments.rank)
     except Dismissed as signal_name:
-        _logger.info("%s: leaving", signal_name)
+        logger.info("%s: leaving", signal_name)
     except Exception as error:  # noqa: BLE001 - the process's last line of defence
         return report_error(run, ROLE, arguments.rank, error)
     return EXIT_DONE
@@ -79,7 +79,7 @@ def _serve(config: Config, run: RunDir, endpoints: Endpoints, rank: int) -> None
         progress.ready = True
         heartbeat.beat()
         write_atomic(run.ready / f"{ROLE}_{rank}.json", {"ready": True})  # for the supervisor
-        _logger.info("engine %s is ready", config.inference.engine)
+        logger.info("engine %s is ready", config.inference.engine)
         Server(engine, control, rank, progress).serve(_stop)
 
 

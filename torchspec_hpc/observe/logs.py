@@ -87,7 +87,8 @@ def setup_logging(role: str, rank: int, run: RunDir, attempt: int) -> Path:
         handler.setFormatter(formatter)
     # other libraries speak up from WARNING on; this package at the level asked for
     logging.basicConfig(level=logging.WARNING, handlers=handlers, force=True)
-    logging.getLogger("torchspec_hpc").setLevel(level)
+    for ours in ("torchspec_hpc", "__main__"):  # the latter: a module that `python -m` runs
+        logging.getLogger(ours).setLevel(level)
     logging.captureWarnings(True)
     return path
 

@@ -8,7 +8,7 @@ from enum import Enum
 from torchspec_hpc.errors import TorchspecError
 from torchspec_hpc.slurm.scheduler import JobInfo, SchedulerError, job_info, run_client
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 #: Seconds after which a requeued job may start again.  Slurm lets it wait for ``cred_expire``,
 #: 120 by default, unless its start lies in the future already when its nodes are clean: then
@@ -66,7 +66,7 @@ class Job:
         try:
             return read_fate(job_info(self.job_id), self._restart_count)
         except SchedulerError as error:
-            _logger.warning("%s", error)
+            logger.warning("%s", error)
             return JobFate.UNKNOWN
 
     def requeue(self) -> None:
@@ -84,4 +84,4 @@ class Job:
                 ["scontrol", "update", f"JobId={name}", f"StartTime=now+{_RESTART_DELAY_S}"]
             )
             if done.returncode:  # then it waits longer
-                _logger.debug("cannot hasten the restart: %s", done.stderr.strip())
+                logger.debug("cannot hasten the restart: %s", done.stderr.strip())

@@ -27,7 +27,7 @@ from torchspec_hpc.slurm.steps import (
 )
 from torchspec_hpc.slurm.supervisor import Supervisor
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _LOOPBACK = "127.0.0.1"
 _NVIDIA_DEVICES = Path("/proc/driver/nvidia/gpus")
@@ -136,7 +136,7 @@ def split_gpus(config: Config, visible: list[str]) -> tuple[list[list[str]], lis
         return [[] for _ in range(inference.num_engines)], []
     wanted = inference.inference_num_gpus + num_trainers
     if wanted > len(visible):
-        _logger.warning(
+        logger.warning(
             "%d GPUs are visible and %d are asked for: engines and trainers share them",
             len(visible),
             wanted,

@@ -24,7 +24,7 @@ from torchspec_hpc.config.schema import Config, ControlConfig, MooncakeConfig
 from torchspec_hpc.errors import DeadlineExceeded, TorchspecError, UserError
 from torchspec_hpc.slurm.processes import Child, shepherded, tail
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 #: Starts of a service whose port is ours to choose: another process may take a port between
 #: our look at it and the service's own bind.
@@ -90,7 +90,7 @@ class Service(ABC):
             if (code := self.poll()) is not None:
                 if self._port or self._num_starts == _MAX_STARTS:
                     raise TorchspecError(self._obituary(code))
-                _logger.warning("%s; starting it again", self._obituary(code))
+                logger.warning("%s; starting it again", self._obituary(code))
                 self.start()
             if time.monotonic() - start > deadline_s:
                 raise DeadlineExceeded(
@@ -101,7 +101,7 @@ class Service(ABC):
             check()
             time.sleep(_POLL_S)
         self.endpoint = endpoint
-        _logger.info("%s answers at %s", self.name, endpoint)
+        logger.info("%s answers at %s", self.name, endpoint)
         return endpoint
 
     def poll(self) -> int | None:

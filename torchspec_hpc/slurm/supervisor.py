@@ -52,7 +52,7 @@ from torchspec_hpc.slurm.srun import SlurmLauncher
 from torchspec_hpc.slurm.steps import INFERENCE, TRAINING, Launcher, Step
 from torchspec_hpc.slurm.watch import Watch
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 ROLE = "supervisor"
 #: From the request to leave until engines are killed; they hold nothing that would be lost.
@@ -91,12 +91,12 @@ class Supervisor:
         with self._inbox:
             self._run.create()
             if self._run.done.exists():
-                _logger.info("the run %s is complete", self._run.root)
+                logger.info("the run %s is complete", self._run.root)
                 return EXIT_DONE
             self._history = History(self._run)
             attempt = self._history.begin(self._launcher.job_id)
             setup_logging(ROLE, 0, self._run, attempt.number)
-            _logger.info(
+            logger.info(
                 "attempt %d of %s, from step %d",
                 attempt.number,
                 self._run.root,
@@ -123,7 +123,7 @@ class Supervisor:
         except TorchspecError as error:
             ending = _ending(error)
         except Exception as error:  # whatever it is, nothing may stay behind
-            _logger.exception("the supervisor failed")
+            logger.exception("the supervisor failed")
             ending = Ending(EXIT_CRASH, f"{type(error).__name__}: {error}")
         self._codes = {name: step.poll() for name, step in self._steps.items()}
         self._stop_all(services)
@@ -171,7 +171,7 @@ class Supervisor:
                 self._act_on_fate(self._launcher.fate())
         if self._stop_asked_at is None and self._run.stop.exists():
             # a shepherd of the trainers wrote it: steps are signalled without us at preemption
-            _logger.info("the trainers were asked to stop")
+            logger.info("the trainers were asked to stop")
             self._stop_asked_at = time.monotonic()
         return self._stop_asked_at
 
@@ -179,7 +179,7 @@ class Supervisor:
         if self._stop_asked_at is not None:
             return
         self._stop_asked_at = time.monotonic()
-        _logger.info(
+        logger.info(
             "%s: asking the trainers for a checkpoint, for %.0f s at most%s",
             number.name,
             self._config.control.stop_grace_s,
@@ -189,7 +189,7 @@ class Supervisor:
 
     def _act_on_fate(self, fate: JobFate) -> None:
         if fate is not JobFate.RUNNING:
-            _logger.info("%s", fate.value)
+            logger.info("%s", fate.value)
         if fate is JobFate.TIME_LIMIT:
             ending = Ending(EXIT_REQUEUE, "the time limit was reached")
             self._history.end(ending.exit_code, ending.message)
@@ -209,16 +209,16 @@ class Supervisor:
         self._history.end(ending.exit_code, ending.message)
         verdict = self._verdict(ending)
         level = logging.INFO if ending.exit_code in (EXIT_DONE, EXIT_REQUEUE) else logging.ERROR
-        _logger.log(level, "%s", ending.message)
+        logger.log(level, "%s", ending.message)
         content = {"attempt": attempt.number, "reason": verdict.reason, "codes": self._codes}
         _record(self._run, ending, content)
         if verdict.requeue:
-            _logger.info("requeue: %s", verdict.reason)
+            logger.info("requeue: %s", verdict.reason)
             self._requeue()
         elif verdict.reason:
-            _logger.info("no requeue: %s", verdict.reason)
+            logger.info("no requeue: %s", verdict.reason)
         if ending.exit_code != EXIT_DONE and not self._requeued:
-            _logger.info("to go on: %s", self._launcher.how_to_continue())
+            logger.info("to go on: %s", self._launcher.how_to_continue())
         return ending.exit_code
 
     def _verdict(self, ending: Ending) -> Verdict:
@@ -236,7 +236,7 @@ class Supervisor:
         try:
             self._launcher.requeue()
         except TorchspecError as error:
-            _logger.error("%s", error)
+            logger.error("%s", error)
         else:
             self._requeued = True
 

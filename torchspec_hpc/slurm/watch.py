@@ -17,7 +17,7 @@ from torchspec_hpc.slurm.requeue import Ending
 from torchspec_hpc.slurm.services import Services
 from torchspec_hpc.slurm.steps import Step
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _POLL_S = 0.5
 #: Between looks at the shared file system that are not urgent.
@@ -113,7 +113,7 @@ class Watch:
         """The cause in a worker's own words; without any, the end of its step's log."""
         cause = root_cause(read_failures(self._run))
         if cause is not None:
-            _logger.info("%s", what)
+            logger.info("%s", what)
             return Ending(cause.exit_code, str(cause))
         if step is None:
             return Ending(code, what)
@@ -123,7 +123,7 @@ class Watch:
     def _a_worker_failed(self, now: float) -> bool:
         """Whether one did, and its step had its time to end by itself."""
         if self._failing_since is None and read_failures(self._run):
-            _logger.info("a worker failed; its step has %.0f s to end", _FAILURE_GRACE_S)
+            logger.info("a worker failed; its step has %.0f s to end", _FAILURE_GRACE_S)
             self._failing_since = now
         return self._failing_since is not None and now - self._failing_since > _FAILURE_GRACE_S
 
@@ -143,7 +143,7 @@ class Watch:
             )
 
     def _tell_progress(self, now: float) -> None:
-        _logger.info(
+        logger.info(
             "%d min: step %d, checkpoint of step %d",
             round((now - self._start) / 60),
             last_logged_step(self._run),

@@ -41,7 +41,7 @@ from torchspec_hpc.transfer.messages import (
     Scalar,
 )
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _REQUESTS = "requests"
@@ -216,7 +216,7 @@ class ControlClient:
             try:
                 return operation(self._store)
             except DistError as error:
-                log.warning("control store at %s: %s; reconnecting", self._endpoint, error)
+                logger.warning("control store at %s: %s; reconnecting", self._endpoint, error)
                 self._store = self._connect()
                 return operation(self._store)
 

@@ -33,7 +33,7 @@ from torchspec_hpc.transfer.messages import (
 from torchspec_hpc.transfer.store import HiddenStateStore, ObjectGone
 from torchspec_hpc.transfer.ticket import Ticket
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _POLL_S = 0.05
 _ASK_S = 0.5  # between questions to `give_up`, which may look at a shared file system
@@ -182,7 +182,7 @@ class HiddenStateFeed:
         self._closing.set()
         self._thread.join(_CLOSE_S)
         if self._thread.is_alive():
-            log.warning("the feed's thread hangs in a call; it is left behind")
+            logger.warning("the feed's thread hangs in a call; it is left behind")
 
     def _run(self) -> None:
         try:
@@ -192,7 +192,7 @@ class HiddenStateFeed:
                     self._receive(reply)
                 self._check_deadlines()
         except Exception as error:  # noqa: BLE001 - raised again by every take and submit
-            log.error("the feed of trainer rank %d stopped: %s", self._rank, error)
+            logger.error("the feed of trainer rank %d stopped: %s", self._rank, error)
             with self._changed:
                 self._crash = error
                 self._changed.notify_all()
@@ -259,7 +259,7 @@ class HiddenStateFeed:
         if len(entry.keys) >= self._max_tries:
             self._settle(entry, error=entry.too_late())
             return
-        log.warning("sample %s, request %d: %s", entry.name, len(entry.keys), entry.status)
+        logger.warning("sample %s, request %d: %s", entry.name, len(entry.keys), entry.status)
         with self._changed:
             self._stats.num_retries += 1
             self._send(entry)

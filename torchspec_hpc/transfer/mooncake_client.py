@@ -17,7 +17,7 @@ from torchspec_hpc.config.endpoints import Endpoints, split_endpoint
 from torchspec_hpc.config.schema import MooncakeConfig
 from torchspec_hpc.errors import TorchspecError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _DISTRIBUTIONS = ("mooncake-transfer-engine", "mooncake-transfer-engine-non-cuda")
 #: 0.3.10 took another process on the same host for itself and copied from its addresses
@@ -79,7 +79,7 @@ def _set_environment(config: MooncakeConfig, address: str) -> None:
     version = _installed_version()
     if config.protocol == "tcp" and version < _MEMCPY_FIXED:
         settings["MC_STORE_MEMCPY"] = "0"
-        log.info(
+        logger.info(
             "MC_STORE_MEMCPY=0: this Mooncake (%s) crashes with local copies over tcp, "
             "0.3.11 does not and is twice as fast",
             ".".join(map(str, version)),

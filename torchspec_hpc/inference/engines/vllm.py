@@ -28,7 +28,7 @@ from torchspec_hpc.inference.engines.vllm_arguments import (
 )
 from torchspec_hpc.inference.engines.vllm_tracking import TRANSFER_PARAMS
 
-_logger = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class VllmEngine:
@@ -72,7 +72,7 @@ class VllmEngine:
         self.max_tokens = int(scheduler.max_num_batched_tokens)
         self._max_prompt_tokens = context.max_prompt_tokens
         self._vocab_size = context.spec.vocab_size
-        _logger.info("vLLM %s is ready: %s", vllm.__version__, arguments)
+        logger.info("vLLM %s is ready: %s", vllm.__version__, arguments)
 
     def prefill(self, prompts: Sequence[EnginePrompt]) -> list[Result]:
         """See :class:`~torchspec_hpc.inference.engines.base.Engine`."""
