@@ -22,9 +22,9 @@ from types import TracebackType
 
 from typing_extensions import Self
 
-from tests.slurm.keeper import descendants
 from tests.slurm.network import isolated_nodes
 from tests.slurm.slurm_conf import Layout, slurm_conf
+from torchspec_hpc.slurm.shepherd import descendants
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 _DAEMONS = ("munged", "slurmctld", "slurmd", "slurmstepd", "slurmscriptd")

@@ -22,31 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torchspec_hpc.slurm.shepherd import descendants
+
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _LIBC = ctypes.CDLL(None)
 _STOP_ORDER = ("slurmd", "slurmctld", "munged")
 _START_S = 30.0
-
-
-def descendants(root: int) -> list[int]:
-    """Living processes below `root`, zombies left out."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            stat = (entry / "stat").read_text()
-        except OSError:  # ended meanwhile
-            continue
-        state, parent = stat.rpartition(")")[2].split()[:2]
-        if state != "Z":
-            children.setdefault(int(parent), []).append(int(entry.name))
-    found, todo = [], [root]
-    while todo:
-        below = children.get(todo.pop(), [])
-        found += below
-        todo += below
-    return found
 
 
 class Keeper:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster, Layout, missing_programs, wait_for
-from tests.slurm.keeper import descendants
+from torchspec_hpc.slurm.shepherd import descendants
 
 pytestmark = pytest.mark.slurm
 

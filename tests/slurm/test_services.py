@@ -13,8 +13,9 @@ import pytest
 from tests.helpers import free_port
 from torchspec_hpc.config.schema import ControlConfig, MooncakeConfig
 from torchspec_hpc.errors import DeadlineExceeded, TorchspecError, UserError
+from torchspec_hpc.slurm.ports import require_bindable
 from torchspec_hpc.slurm.processes import Child, shepherded
-from torchspec_hpc.slurm.services import ControlStore, MooncakeMaster, require_bindable
+from torchspec_hpc.slurm.services import ControlStore, MooncakeMaster
 
 HOST = "127.0.0.1"
 FAKE_CONTROL = "tests.slurm.fake_workers.control_store"

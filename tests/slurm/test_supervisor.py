@@ -14,6 +14,8 @@ import pytest
 
 from tests.slurm.fake_workers.plan import Plan
 from tests.slurm.supervised import Run, make_run
+from torchspec_hpc.errors import UserError
+from torchspec_hpc.slurm.local import run_local
 
 FOREVER = 100_000
 
@@ -155,12 +157,8 @@ def test_an_unwritable_run_directory(tmp_path: Path) -> None:
     run = make_run(tmp_path / "r", Plan(), cluster="local")
     run.dir.ready.rmdir()
     run.dir.ready.touch()
-    module = "torchspec_hpc.slurm.supervisor"
-    done = subprocess.run(
-        [sys.executable, "-m", module, "--run-dir", run.dir.root], text=True, capture_output=True
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: cannot write the run directory")
+    with pytest.raises(UserError, match="cannot write the run directory"):
+        run_local(run.dir)
 
 
 def test_a_batch_script_outside_of_a_het_job(tmp_path: Path) -> None:

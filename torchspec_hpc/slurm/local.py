@@ -15,8 +15,8 @@ from torchspec_hpc.config.rundir import RunDir
 from torchspec_hpc.config.schema import Config
 from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.slurm.job import JobFate
+from torchspec_hpc.slurm.ports import free_port
 from torchspec_hpc.slurm.processes import Child, shepherded
-from torchspec_hpc.slurm.services import free_port
 from torchspec_hpc.slurm.steps import (
     INFERENCE,
     TRAINING,

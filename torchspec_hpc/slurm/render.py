@@ -67,7 +67,6 @@ def render_script(config: Config, run: RunDir, command: Sequence[str] | None = N
         "unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU SLURM_MEM_PER_NODE",
         "",
         *_setup(slurm),
-        *_network(slurm),
         f"exec {shlex.join(command or supervisor_command(config, run))}",
     ]
     return "\n".join(lines) + "\n"
@@ -136,13 +135,6 @@ def _setup(slurm: SlurmConfig) -> list[str]:
                 hint="put sbatch options into slurm.inference.extra or slurm.training.extra",
             )
     return ["# slurm.setup", "set +u", *slurm.setup, "set -u", ""]
-
-
-def _network(slurm: SlurmConfig) -> list[str]:
-    if slurm.network_interface is None:
-        return []
-    interface = shlex.quote(slurm.network_interface)
-    return [f"export GLOO_SOCKET_IFNAME={interface} NCCL_SOCKET_IFNAME={interface}", ""]
 
 
 def _option(name: str, value: object) -> str:

@@ -6,7 +6,6 @@ killed at its end.
 
 from __future__ import annotations
 
-import errno
 import http.client
 import logging
 import os
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from torchspec_hpc.config.schema import Config, ControlConfig, MooncakeConfig
 from torchspec_hpc.errors import DeadlineExceeded, TorchspecError, UserError
+from torchspec_hpc.slurm.ports import free_port, require_bindable
 from torchspec_hpc.slurm.processes import Child, shepherded, tail
 
 logger = logging.getLogger(__name__)
@@ -232,44 +232,6 @@ class Services:
         """Kills both."""
         self.mooncake.stop()
         self.control.stop()
-
-
-def require_bindable(host: str, port: int, port_key: str) -> None:
-    """Makes sure that a server may listen here.
-
-    Raises:
-        UserError: The port is taken, or the address is not this node's.
-    """
-    try:
-        with socket.socket(_family(host)) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise UserError(
-                f"{port_key} = {port}: the port is in use on {host}",
-                hint="choose another port, or 0 for any free one",
-            ) from error
-        if error.errno == errno.EACCES:
-            raise UserError(
-                f"{port_key} = {port}: we may not listen on that port",
-                allowed="ports from 1024 on, or 0 for any free one",
-            ) from error
-        raise UserError(
-            f"cannot listen on {host}: {error.strerror or error}",
-            hint="set control.host to an address of the first inference node",
-        ) from error
-
-
-def free_port(host: str) -> int:
-    """A TCP port of an address of this node that was free a moment ago."""
-    with socket.socket(_family(host)) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def _mooncake_program() -> str:

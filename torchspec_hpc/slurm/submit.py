@@ -25,8 +25,6 @@ from torchspec_hpc.slurm.prepare import (
 from torchspec_hpc.slurm.render import render_script, supervisor_command
 from torchspec_hpc.slurm.scheduler import check_submission, count_nodes, refused
 
-__all__ = ["SubmittedRun", "prepare_run", "submit"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -251,16 +251,12 @@ def _ending(error: TorchspecError) -> Ending:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the batch script, and of tests without Slurm."""
+    """Entry point of the batch script."""
     parser = argparse.ArgumentParser(description="Supervises one attempt of a run.")
     parser.add_argument("--run-dir", required=True, type=Path, help="the run's directory")
     run = RunDir(parser.parse_args(argv).run_dir)
     try:
         config = load_config(run.config)
-        if config.cluster == "local":
-            from torchspec_hpc.slurm.local import run_local  # it imports this module
-
-            return run_local(run)
         return Supervisor(run, config, SlurmLauncher(run, config, os.environ)).run()
     except TorchspecError as error:  # before there was an attempt
         ending = _ending(error)
