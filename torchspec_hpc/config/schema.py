@@ -140,7 +140,7 @@ class VllmConfig(Section):
     )
     enforce_eager: bool | None = Field(None, description="No CUDA graphs; null: only on CPU.")
     kv_cache_bytes: Bytes | None = Field(
-        None, description="Bytes of KV cache; null: 1 GiB on CPU, what mem_fraction_static leaves."
+        None, description="Bytes of KV cache; null: 1 GiB on CPU, else from mem_fraction_static."
     )
     extra_args: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments of vllm.LLM; {}: none."
@@ -239,7 +239,7 @@ class MooncakeConfig(Section):
     global_segment_size: Bytes = Field(4 * GiB, description="Bytes per trainer rank.")
     local_buffer_size: Bytes = Field(512 * MiB, description="Bytes per client.")
     kv_lease_ttl_s: float = Field(
-        5.0, gt=0, description="Seconds that a reader has an object for itself once it asked."
+        5.0, gt=0, description="Seconds that a read may take: the object stays in place that long."
     )
     master_port: int = Field(0, ge=0, le=65535, description="0: any free port.")
     put_deadline_s: float = Field(300.0, gt=0, description="Longest wait for space, seconds.")
@@ -263,7 +263,9 @@ class ControlConfig(Section):
 class LoggingConfig(Section):
     """What is reported, and where to."""
 
-    report_to: Names = Field(("tensorboard",), description="Back ends, tensorboard; none: no one.")
+    report_to: Names = Field(
+        ("tensorboard",), description="tensorboard; none: the run's JSONL only."
+    )
     log_interval: int = Field(1, ge=1, description="Steps between lines and points.")
 
     @model_validator(mode="after")
