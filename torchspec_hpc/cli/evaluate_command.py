@@ -36,9 +36,9 @@ def evaluate_command(
     log = folder / "evaluate.log"
     results: list[Measurement] = []
     todo: list[tuple[str, Path | None]] = [(BASELINE, None)] if baseline else []
-    for name, folder in [*todo, *named]:
+    for name, draft in [*todo, *named]:
         with console.status(f"{name}: {len(messages)} prompts in vLLM (log: {log})"):
-            results.append(measure(settings, messages, name=name, draft=folder, log=log))
+            results.append(measure(settings, messages, name=name, draft=draft, log=log))
         console.print(f"{name}: {results[-1].tokens_per_s:.1f} tokens/s")
     figures = to_json(results, settings, prompts)
     console.print(served_table(figures))

@@ -15,6 +15,7 @@ only then named by ``latest``.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -22,6 +23,8 @@ from typing import Any
 
 from torchspec_hpc.config.rundir import RunDir, write_atomic
 from torchspec_hpc.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _META = "meta.json"
 
@@ -185,9 +188,17 @@ def publish(run: RunDir, temporary: Path, folder: Path, keep: int) -> None:
     write_atomic(run.latest_checkpoint, folder.name + "\n")
     numbers = {path: path.name.removeprefix("step_") for path in run.checkpoints.glob("step_*")}
     complete = sorted((int(number), path) for path, number in numbers.items() if number.isdigit())
-    for _, path in complete[:-keep]:
-        if path != folder:
-            shutil.rmtree(path)
+    old = [path for _, path in complete[:-keep] if path != folder]
+    # and what a save that was killed has left
+    for path in [*old, *run.checkpoints.glob("step_*.tmp")]:
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    try:
+        shutil.rmtree(path)
+    except OSError as error:  # somebody reads it over NFS, say; the new checkpoint is safe
+        logger.warning("cannot remove %s: %s", path, error)
 
 
 def _latest_name(run: RunDir) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -61,7 +62,13 @@ def read_checkpoint(path: Path) -> DraftCheckpoint:
     with warnings.catch_warnings():
         # torch warns that there is no process group although we say so
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(state, storage_reader=FileSystemReader(folder), no_dist=True)
+        try:
+            load(state, storage_reader=FileSystemReader(folder), no_dist=True)
+        except CheckpointException as error:  # derives from BaseException, not from Exception
+            causes = "; ".join(str(cause[0]) for cause in error.failures.values())
+            raise UserError(
+                f"{folder} cannot be read: {causes}", hint="export an older step_<n> of the run"
+            ) from error
     kept_file = meta.draft["kept_ids_file"]
     kept = np.load(folder / kept_file) if kept_file else None
     return DraftCheckpoint(folder, meta, state["model"], kept)

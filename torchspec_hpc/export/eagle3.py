@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from torchspec_hpc.config.types import Dtype
@@ -54,8 +55,8 @@ def export_draft(checkpoint: DraftCheckpoint, output: Path, dtype: Dtype = "bflo
         text = json.dumps(config_json(config, dtype), indent=2)
         (building / "config.json").write_text(text + "\n", encoding="utf-8")
         building.rename(output)
-    except OSError as error:
-        raise UserError(f"cannot write {output}: {error.strerror}") from error
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {output}: {error}") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
     logger.info("exported step %s to %s", checkpoint.meta.step, output)

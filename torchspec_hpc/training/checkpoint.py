@@ -109,7 +109,7 @@ class Checkpointer:
             optim_state_dict=state["optimizer"],
         )
         if meta.world_size == self._world.size:
-            _set_rng_state(torch.load(self._rng_file(folder), weights_only=True))
+            _set_rng_state(_load_rng_state(self._rng_file(folder)))
         else:  # ranks are other ranks now: new streams, reproducible all the same
             seed_rank(self._seed, meta.step, self._world.rank)
         self._current = folder
@@ -130,7 +130,12 @@ class Checkpointer:
         logger.info("weights taken from %s", folder)
 
     def _state(self) -> dict[str, Any]:
+        fresh = not self._optimizer.state
         model, optimizer = get_state_dict(self._draft, self._optimizer)
+        if fresh:
+            # torch made the moments by a step with a learning rate of 0, and counted it
+            for moments in self._optimizer.state.values():
+                moments["step"].zero_()
         return {"model": model, "optimizer": optimizer}
 
     def _write(self, folder: Path, progress: Progress) -> None:
@@ -154,6 +159,14 @@ def _dcp(function: Callable[..., Any], state: dict[str, Any], folder: Path) -> N
         raise CheckpointError(
             f"cannot {function.__name__} the checkpoint {folder}: {causes}"
         ) from error
+
+
+def _load_rng_state(file: Path) -> dict[str, Tensor]:
+    try:
+        state: dict[str, Tensor] = torch.load(file, weights_only=True)
+    except (OSError, EOFError, RuntimeError) as error:
+        raise CheckpointError(f"cannot load {file}: {error}") from error
+    return state
 
 
 def _rng_state() -> dict[str, Tensor]:

@@ -60,7 +60,10 @@ class EvaluationSet:
         self._batches: list[PackedBatch] = []
 
     def batches(self) -> list[PackedBatch]:
-        """The micro-batches, as many on every rank; the first call waits for hidden states."""
+        """The micro-batches, as many on every rank; the first call waits for hidden states.
+
+        A stop waits with it: ranks that gave up on their own would leave the others hanging.
+        """
         if not self._batches:
             self._batches = [
                 batch for _ in range(self._num_steps) for batch in self._stream.next_step().batches

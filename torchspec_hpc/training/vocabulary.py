@@ -14,6 +14,7 @@ from torchspec_hpc.config import Config, RunDir
 from torchspec_hpc.config.rundir import KEPT_IDS
 from torchspec_hpc.data.dataset import TokenDataset
 from torchspec_hpc.data.vocab import draft_vocabulary
+from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.target.spec import TargetSpec
 from torchspec_hpc.training.parallel import World
 
@@ -45,7 +46,13 @@ def load_kept_ids(
             kept = draft_vocabulary(dataset, spec.vocab_size, size, specials)  # type: ignore[arg-type]
         _save(path, kept)
     dist.barrier()
-    return torch.from_numpy(np.load(path))
+    kept = np.load(path)
+    if len(kept) != size:
+        raise ConfigError(
+            f"model.draft_vocab_size = {size}, but {path} keeps {len(kept)} tokens",
+            hint="set it back, or start a new run: a draft's vocabulary cannot change",
+        )
+    return torch.from_numpy(kept)
 
 
 def _save(path: Path, kept: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:

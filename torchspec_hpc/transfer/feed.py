@@ -25,6 +25,7 @@ from torchspec_hpc.transfer.buffers import BufferPool
 from torchspec_hpc.transfer.control import ControlClient
 from torchspec_hpc.transfer.messages import (
     TOKEN_BYTES,
+    MessageError,
     Receipt,
     Refusal,
     Request,
@@ -158,9 +159,10 @@ class HiddenStateFeed:
             entry = self._tickets.get(ticket)
             if entry is None:
                 raise ValueError(f"ticket {ticket!r} was never submitted, or is taken")
-            while not (entry.settled or self._crash) and time.monotonic() - start < limit_s:
-                self._changed.wait(_ASK_S)
-                if give_up is not None and not entry.settled and give_up():
+            while not self._changed.wait_for(lambda: entry.settled or self._crash, _ASK_S):
+                if time.monotonic() - start > limit_s:
+                    break
+                if give_up is not None and self._unlocked(give_up):
                     raise GaveUp(f"gave up waiting for sample {ticket!r}: {entry.status}")
             self._stats.wait_s += time.monotonic() - start
             if not entry.settled:
@@ -171,6 +173,14 @@ class HiddenStateFeed:
             assert entry.states is not None
             self._stats.num_samples += 1
             return entry.states
+
+    def _unlocked(self, question: Callable[[], bool]) -> bool:
+        """Asks without the lock: a slow file system must not hold up the background thread."""
+        self._changed.release()
+        try:
+            return question()
+        finally:
+            self._changed.acquire()
 
     def stats(self) -> FeedStats:
         """Totals so far."""
@@ -187,8 +197,7 @@ class HiddenStateFeed:
     def _run(self) -> None:
         try:
             while not self._closing.is_set():
-                reply = self._control.pop_reply(self._rank, _POLL_S)
-                if reply is not None:
+                if (reply := self._pop()) is not None:
                     self._receive(reply)
                 self._check_deadlines()
         except Exception as error:  # noqa: BLE001 - raised again by every take and submit
@@ -196,6 +205,13 @@ class HiddenStateFeed:
             with self._changed:
                 self._crash = error
                 self._changed.notify_all()
+
+    def _pop(self) -> Receipt | Refusal | None:
+        try:
+            return self._control.pop_reply(self._rank, _POLL_S)
+        except MessageError as error:  # whoever pushed it is no engine of ours
+            logger.error("dropped a reply: %s", error)
+            return None
 
     def _receive(self, reply: Receipt | Refusal) -> None:
         with self._changed:
