@@ -165,7 +165,7 @@ def _serve_one(control: ControlClient, store: HiddenStateStore, source: torch.Te
     states = source[: num_tokens * TOKEN_BYTES].view(torch.float32)
     store.put(request.key, states, request.segment)
     shape = (num_tokens, STATES, HIDDEN)
-    control.push_reply(0, Receipt(request.ticket, request.key, shape, "float32", 0, 0.0))
+    control.push_reply(0, Receipt(request.ticket, request.key, shape, "float32", 0))
 
 
 class Bench:

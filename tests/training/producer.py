@@ -49,7 +49,7 @@ class Producer:
                 store.put(request.key, states.contiguous(), request.segment)
             except TorchspecError:  # the trainer that asked is gone
                 continue
-            receipt = Receipt(request.ticket, request.key, tuple(states.shape), "float32", 0, 0.0)
+            receipt = Receipt(request.ticket, request.key, tuple(states.shape), "float32", 0)
             control.push_reply(request.reply_to, receipt)
 
 

@@ -57,7 +57,7 @@ def stream(
         Samples(),
         Sampler(10, seed=3, shuffle=True),
         states,
-        World(rank, size, rank, torch.device("cpu")),
+        World(rank, size, torch.device("cpu")),
         config,
         start or Progress(),
         num_steps,
@@ -121,6 +121,6 @@ def test_steps_cover_every_epoch(done, per_step, expected):
 
 
 def test_samples_per_step():
-    world = World(0, 4, 0, torch.device("cpu"))
+    world = World(0, 4, torch.device("cpu"))
     config = training_config(micro_batch_size=3, draft_accumulation_steps=2)
     assert samples_per_step(world, config) == 24

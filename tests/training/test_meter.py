@@ -16,7 +16,7 @@ from torchspec_hpc.transfer.control import ControlClient
 @pytest.fixture
 def meter() -> Iterator[Meter]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield Meter(World(0, 1, 0, torch.device("cpu")), [1.0, 0.5, 0.25])
+    yield Meter(World(0, 1, torch.device("cpu")), [1.0, 0.5, 0.25])
     dist.destroy_process_group()
 
 
@@ -59,10 +59,11 @@ def test_engines_are_as_fast_as_between_their_heartbeats():
     with control_server() as server:
         control = ControlClient(server.endpoint, SECRET, timeout_s=10)
         monitor = EngineMonitor(control, stale_s=60)
-        assert monitor.read() == {"transfer/queue_depth": 0}  # no engine has worked yet
+        # no engine has worked yet
+        assert monitor.read() == {"transfer/queue_depth": 0, "transfer/refused": 0}
 
         def beat(rank: int, tokens: int, busy_s: float) -> float:
-            control.heartbeat("inference", rank, {"tokens": tokens, "busy_s": busy_s})
+            control.heartbeat("inference", rank, {"tokens": tokens, "busy_s": busy_s, "refused": 1})
             return monitor.read()["throughput/inference_tokens_per_s"]
 
         assert beat(0, 100, 2.0) == 50
@@ -71,5 +72,6 @@ def test_engines_are_as_fast_as_between_their_heartbeats():
         assert beat(0, 400, 3.0) == 325  # idle: as fast as it was
         assert beat(0, 10, 1.0) == 325  # started again
         assert beat(0, 40, 2.0) == 55
+        assert monitor.read()["transfer/refused"] == 2
         assert set(monitor.read()) <= set(TAGS)
         control.close()

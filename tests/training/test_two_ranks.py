@@ -20,7 +20,7 @@ from torchspec_hpc.training.optim import build_optimizer
 from torchspec_hpc.training.parallel import World, shard
 
 REPOSITORY = Path(__file__).parents[2]
-ONE_RANK = World(0, 1, 0, torch.device("cpu"))
+ONE_RANK = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,7 @@ def put(engine: HiddenStateStore, request: Request) -> Receipt:
     """What an engine does before it tells anybody."""
     states = states_of(request)
     engine.put(request.key, states, request.segment)
-    return Receipt(request.ticket, request.key, tuple(states.shape), "float32", 2, 0.1)
+    return Receipt(request.ticket, request.key, tuple(states.shape), "float32", 2)
 
 
 def serve(control: ControlClient, engine: HiddenStateStore, timeout_s: float = LONG_S) -> Request:

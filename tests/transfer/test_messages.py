@@ -38,7 +38,6 @@ messages = st.one_of(
         st.tuples(counts, counts, counts),
         st.text(),
         counts,
-        st.floats(allow_nan=False),
     ),
     st.builds(Refusal, st.text(), st.text(), st.text(), st.booleans()),
     st.builds(

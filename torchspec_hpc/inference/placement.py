@@ -6,29 +6,14 @@ process otherwise, so on CPUs the settings only count engines.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torchspec_hpc.config.schema import InferenceConfig
 from torchspec_hpc.errors import ConfigError
 
 
-@dataclass(frozen=True)
-class Placement:
-    """One engine's place.
+def place(inference: InferenceConfig, rank: int, num_ranks: int) -> tuple[int, ...]:
+    """Device slots of one rank on its node.
 
-    Attributes:
-        engine: Index of the engine, the rank.
-        node: Index of its node in the inference group.
-        devices: Indices of its device slots on that node.
-    """
-
-    engine: int
-    node: int
-    devices: tuple[int, ...]
-
-
-def place(inference: InferenceConfig, rank: int, num_ranks: int) -> Placement:
-    """Places one rank; ranks fill the nodes one after the other, as ``srun`` does by default.
+    Ranks fill the nodes one after the other, as ``srun`` does by default.
 
     Raises:
         ConfigError: The number of ranks is not the number of engines.
@@ -41,8 +26,8 @@ def place(inference: InferenceConfig, rank: int, num_ranks: int) -> Placement:
             f"inference_num_gpus_per_engine = {per_engine})",
             hint="start one task for each engine",
         )
-    node, local = divmod(rank, inference.engines_per_node)
-    return Placement(rank, node, tuple(range(local * per_engine, (local + 1) * per_engine)))
+    local = rank % inference.engines_per_node
+    return tuple(range(local * per_engine, (local + 1) * per_engine))
 
 
 def visible_devices(devices: tuple[int, ...], current: str | None) -> str:

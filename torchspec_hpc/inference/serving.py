@@ -134,13 +134,12 @@ class Server:
         results = self._engine.prefill(
             [EnginePrompt(request.key, request.segment, request.tokens) for request in batch]
         )
-        engine_s = time.monotonic() - start
         self._progress.batches += 1
-        self._progress.busy_s += engine_s
+        self._progress.busy_s += time.monotonic() - start
         for request, result in zip(batch, results, strict=True):
-            self._reply(request, result, engine_s)
+            self._reply(request, result)
 
-    def _reply(self, request: Request, result: Result, engine_s: float) -> None:
+    def _reply(self, request: Request, result: Result) -> None:
         reply: Receipt | Refusal
         if isinstance(result, Captured):
             self._progress.tokens += result.shape[0]
@@ -150,7 +149,6 @@ class Server:
                 shape=result.shape,
                 dtype=result.dtype,
                 engine=self._rank,
-                engine_s=engine_s,
             )
         else:
             self._progress.refused += 1

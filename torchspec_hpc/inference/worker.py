@@ -85,14 +85,14 @@ def _serve(config: Config, run: RunDir, endpoints: Endpoints, rank: int) -> None
 
 def _take_devices(config: Config, rank: int, num_ranks: int) -> None:
     """Narrows this process down to its GPUs, before anything initializes CUDA."""
-    placement = place(config.inference, rank, num_ranks)
+    devices = place(config.inference, rank, num_ranks)
     if config.inference.device == "cpu":
         return
     import torch
 
     if config.inference.device == "cuda" or torch.cuda.device_count() > 0:
         current = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(placement.devices, current)
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(devices, current)
 
 
 def _parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argparse.Namespace:

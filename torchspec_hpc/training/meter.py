@@ -32,6 +32,7 @@ TAGS = {
     "transfer/bytes_per_token": "hidden states per token",
     "transfer/retries": "requests asked again in this step, all ranks",
     "transfer/queue_depth": "requests that no engine has taken yet",
+    "transfer/refused": "requests that the living engines have refused so far",
 }
 
 
@@ -117,17 +118,18 @@ class EngineMonitor:
 
     def read(self) -> dict[str, float]:
         """Speed of the inference group and the requests that wait for it."""
-        alive = {
-            rank: (beat["tokens"], beat["busy_s"])
-            for rank, beat in self._control.heartbeats("inference").items()
-            if beat["age_s"] <= self._stale_s
-        }
+        beats = self._control.heartbeats("inference").items()
+        beats_now = {rank: beat for rank, beat in beats if beat["age_s"] <= self._stale_s}
+        alive = {rank: (beat["tokens"], beat["busy_s"]) for rank, beat in beats_now.items()}
         for rank, (tokens, busy_s) in alive.items():
             tokens_before, busy_before_s = self._before.get(rank, (0, 0.0))
             if busy_s > busy_before_s:
                 self._speeds[rank] = (tokens - tokens_before) / (busy_s - busy_before_s)
         self._before = alive  # an engine that was started again counts from 0
-        values: dict[str, float] = {"transfer/queue_depth": self._control.queue_depth()}
+        values: dict[str, float] = {
+            "transfer/queue_depth": self._control.queue_depth(),
+            "transfer/refused": sum(beat["refused"] for beat in beats_now.values()),
+        }
         if speeds := [self._speeds[rank] for rank in alive if rank in self._speeds]:
             values["throughput/inference_tokens_per_s"] = sum(speeds)
         return values

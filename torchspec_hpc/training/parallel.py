@@ -23,13 +23,11 @@ class World:
     Attributes:
         rank: Global rank.
         size: Number of ranks.
-        local_rank: Rank on this node.
         device: Where this rank computes.
     """
 
     rank: int
     size: int
-    local_rank: int
     device: torch.device
 
     @property
@@ -65,7 +63,7 @@ def join(config: TrainingConfig) -> World:
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         timeout=timedelta(minutes=config.distributed_timeout_minutes),
     )
-    return World(rank, size, local_rank, device)
+    return World(rank, size, device)
 
 
 def choose_device(config: TrainingConfig, local_rank: int) -> torch.device:

@@ -1,4 +1,4 @@
-"""The client of the control store: queues of requests and replies, heartbeats, counters.
+"""The client of the control store: queues of requests and replies, heartbeats.
 
 TCPStore facts that shaped this (torch 2.13, each seen on the real server):
 
@@ -186,13 +186,6 @@ class ControlClient:
                 raise _misplaced(beat, _registry(role))
             beats[beat.rank] = {**beat.payload, "age_s": max(0.0, time.time() - beat.time)}
         return beats
-
-    def add(self, counter: str, n: int) -> int:
-        """Adds to a shared counter that starts at 0; returns its new value.
-
-        A call that fell into a lost connection is repeated: at least once.
-        """
-        return self._call(lambda store: int(store.add(f"counter/{counter}", n)))
 
     def close(self) -> None:
         """Ends the connection. Further calls raise :class:`ControlLost`."""

@@ -64,7 +64,6 @@ class Receipt(msgspec.Struct, frozen=True, tag="receipt", forbid_unknown_fields=
         shape: (T, A + 1, H): tokens, aux layers and the last one, hidden size.
         dtype: As torch calls it, without ``torch.``.
         engine: Inference rank that made them.
-        engine_s: Seconds the engine spent on the batch of this request.
     """
 
     ticket: str
@@ -72,7 +71,6 @@ class Receipt(msgspec.Struct, frozen=True, tag="receipt", forbid_unknown_fields=
     shape: tuple[int, int, int]
     dtype: str
     engine: int
-    engine_s: float
 
 
 class Refusal(msgspec.Struct, frozen=True, tag="refusal", forbid_unknown_fields=True):
