@@ -18,7 +18,12 @@ from torchspec_hpc.config.load import load_config
 from torchspec_hpc.config.rundir import RunDir
 from torchspec_hpc.config.schema import Config
 from torchspec_hpc.errors import ConfigError, UserError
-from torchspec_hpc.slurm.prepare import RunRecord, check_allocation, prepare_run
+from torchspec_hpc.slurm.prepare import (
+    RunRecord,
+    check_allocation,
+    header_settings,
+    prepare_run,
+)
 from torchspec_hpc.slurm.scheduler import count_nodes, find_jobs, job_info
 from torchspec_hpc.slurm.submit import submit
 
@@ -181,6 +186,24 @@ def test_allocation_must_fit(tmp_path: Path) -> None:
     message = "component 1 of the job has 1 nodes, training.training_num_nodes asks for 2"
     with pytest.raises(ConfigError, match=message):
         check_allocation(small_config(tmp_path), environ)
+
+
+def test_settings_that_a_script_of_ones_own_must_have_in_its_header(tmp_path: Path) -> None:
+    slurm = {
+        "account": "proj",
+        "setup": ["module load cuda"],
+        "network_interface": "ib0",
+        "inference": {"cpus_per_task": 4, "mem": "1G"},
+        "time": "04:00:00",  # the default
+        "signal_before_s": 600,
+        "training": {"extra": ["--exclusive"]},
+    }
+    assert header_settings(small_config(tmp_path, **slurm).slurm) == [
+        "slurm.account",
+        "slurm.setup",
+        "slurm.inference.mem",
+        "slurm.training.extra",
+    ]
 
 
 def test_never_imports_torch() -> None:

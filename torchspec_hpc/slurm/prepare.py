@@ -18,6 +18,7 @@ from torchspec_hpc.config.endpoints import create_secret
 from torchspec_hpc.config.load import load_config, save_config
 from torchspec_hpc.config.rundir import RunDir, write_atomic
 from torchspec_hpc.config.schema import Config
+from torchspec_hpc.config.slurm_schema import SlurmConfig
 from torchspec_hpc.errors import (
     EXIT_CRASH,
     EXIT_DONE,
@@ -30,6 +31,12 @@ from torchspec_hpc.observe.provenance import provenance
 from torchspec_hpc.slurm.env import INFERENCE_GROUP, TRAINING_GROUP, job_id, read_het_groups
 from torchspec_hpc.slurm.inputs import check_inputs
 from torchspec_hpc.slurm.scheduler import find_jobs, job_info
+
+#: Keys of ``slurm`` that count in a script of one's own too; the others become its header.
+_READ_IN_THE_JOB = {
+    *("requeue", "max_attempts", "network_interface", "python"),
+    *("cpus_per_task", "gpus", "gpu_type"),  # of a group: for the steps
+}
 
 
 @dataclass(frozen=True)
@@ -156,6 +163,19 @@ def check_allocation(config: Config, environ: Mapping[str, str]) -> None:
             )
 
 
+def header_settings(slurm: SlurmConfig) -> list[str]:
+    """Keys that are set and that only a rendered header would carry out."""
+    given = slurm.model_dump(exclude_defaults=True)
+    groups = {name: given.pop(name, {}) for name in ("inference", "training")}
+    keys = [f"slurm.{key}" for key in given if key not in _READ_IN_THE_JOB]
+    return keys + [
+        f"slurm.{name}.{key}"
+        for name, group in groups.items()
+        for key in group
+        if key not in _READ_IN_THE_JOB
+    ]
+
+
 def _earlier_starts(run: RunDir) -> list[object]:
     if not run.provenance.exists():
         return []
@@ -175,6 +195,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overrides = [f"run_name={name}", *options.overrides, "cluster=slurm"]
         config = load_config(options.config, overrides)
         check_allocation(config, os.environ)
+        if ignored := header_settings(config.slurm):
+            sys.stderr.write(
+                f"warning: {', '.join(ignored)}: no effect here; set them in the script's header\n"
+            )
         check_not_queued(run_directory(config), own_job=job)
         run = prepare_run(config, resume=options.resume, job=job)
     except TorchspecError as error:
