@@ -28,6 +28,23 @@ def stop_once_asked_for(run: Run, position: int, engine: Producer) -> None:
     engine.on_request = on_request
 
 
+def stop_before_the_first_step(run: Run, engine: Producer) -> None:
+    """Asks the run to stop while its trainer waits for an engine that does not answer."""
+    answer = threading.Event()
+
+    def on_request(request: Request) -> None:
+        run.dir.stop.write_text('{"reason": "test"}')
+        answer.wait(60)
+
+    engine.on_request = on_request
+    try:
+        assert run.train() == 85
+    finally:
+        answer.set()
+    assert not run.records()
+    assert (run.dir.checkpoints / "latest").read_text() == "step_0\n"
+
+
 def test_a_stopped_run_goes_on_exactly(make_run: MakeRun, engine: Producer):
     settings = {"micro_batch_size": 2, "draft_accumulation_steps": 2}
     straight = make_run("straight", save_interval=3, max_checkpoints=2, evaluate=True, **settings)
@@ -39,6 +56,8 @@ def test_a_stopped_run_goes_on_exactly(make_run: MakeRun, engine: Producer):
     assert [r["step"] for r in records if "eval/accept_len" in r] == [3, 6, 8]
 
     stopped = make_run("stopped", evaluate=True, **settings)
+    stop_before_the_first_step(stopped, engine)
+    stopped.dir.stop.unlink()
     stop_once_asked_for(stopped, 14, engine)
     assert stopped.train() == 85
     assert 2 <= len(stopped.records()) <= 5
@@ -77,25 +96,6 @@ def test_two_ranks_go_on_exactly_and_one_rank_with_the_same_samples(
     for found, expected in zip(alone.records(), straight.records(), strict=True):
         for tag in ("train/loss", "train/accept_len", "train/lr", "train/epoch"):
             assert found[tag] == pytest.approx(expected[tag], rel=1e-4), tag
-
-
-def test_a_stop_does_not_wait_for_a_late_engine(make_run: MakeRun, engine: Producer):
-    run = make_run("late")
-    answered = threading.Event()
-
-    def on_request(request: Request) -> None:
-        if request.ticket == "train-6":
-            run.dir.stop.write_text('{"reason": "test"}')
-            answered.wait(60)
-
-    engine.on_request = on_request
-    try:
-        assert run.train() == 85
-    finally:
-        answered.set()
-    steps = len(run.records())
-    assert steps <= 6
-    assert (run.dir.checkpoints / "latest").read_text() == f"step_{steps}\n"
 
 
 def assert_same_run(found: Run, expected: Run) -> None:
