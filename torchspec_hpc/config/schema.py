@@ -256,7 +256,12 @@ class ControlConfig(Section):
     engine_ready_s: float = Field(1800.0, gt=0, description="First engine up, weights loaded.")
     request_deadline_s: float = Field(600.0, gt=0, description="Then a request is sent again.")
     request_max_tries: int = Field(5, ge=1, description="Tries of one request; 1: no second one.")
-    stop_grace_s: float = Field(120.0, gt=0, description="From stop asked to trainers gone.")
+    stop_grace_s: float | None = Field(
+        None,
+        gt=0,
+        description="From stop asked to trainers gone; null: slurm.signal_before_s - 60, at least"
+        " 30, in a Slurm job; 120 on this machine.",
+    )
     heartbeat_s: float = Field(5.0, gt=0, description="Between an engine's signs of life.")
 
 
