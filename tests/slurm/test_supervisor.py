@@ -85,7 +85,7 @@ def test_trainers_that_do_not_stop_are_killed(tmp_path: Path) -> None:
     process = run.start()
     run.wait_step(3)
     process.send_signal(signal.SIGTERM)
-    assert run.finish(process, 10) == 1, run.log
+    assert run.finish(process, 10) == 85, run.log
     assert "control.stop_grace_s" in run.outcome()["message"]
 
 
@@ -106,7 +106,6 @@ def test_a_killed_supervisor_leaves_nothing(tmp_path: Path) -> None:
         (Plan(crash_at=2, crash_code=7), 7, "the training step ended with 7"),
         (Plan(num_steps=FOREVER, engine="user error"), 2, "there is no model in /nowhere"),
         (Plan(num_steps=FOREVER, engine="die"), 3, "the engine has a fit"),
-        (Plan(num_steps=FOREVER, engine="die later"), 137, "the inference step ended with 137"),
     ],
     ids=lambda value: None if isinstance(value, (int, str)) else f"{value.engine}-{value.crash_at}",
 )
@@ -119,6 +118,14 @@ def test_a_failure_ends_the_run_with_one_message(
     assert message in run.log
     assert "Traceback" not in run.log
     assert "to go on: torchspec-hpc run" in run.log
+
+
+def test_an_engine_that_dies_costs_no_step(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r", Plan(num_steps=FOREVER, engine="die later"))
+    assert run.supervise() == 137, run.log
+    assert "the inference step ended with 137" in run.outcome()["message"]
+    assert run.outcome()["codes"]["training"] == 85
+    assert run.dir.latest_checkpoint.read_text().strip() == f"step_{run.steps()[-1]}"
 
 
 def test_an_engine_that_never_gets_ready(tmp_path: Path) -> None:
@@ -151,6 +158,7 @@ def test_a_service_that_dies_ends_the_run(tmp_path: Path) -> None:
     end(run, "control_store")
     assert run.finish(process) == 1, run.log
     assert "the control store ended with" in run.outcome()["message"]
+    assert run.dir.latest_checkpoint.read_text().strip() == f"step_{run.steps()[-1]}"
 
 
 def test_an_unwritable_run_directory(tmp_path: Path) -> None:

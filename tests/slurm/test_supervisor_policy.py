@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,18 @@ from tests.slurm.supervised import make_run
 from torchspec_hpc.config import RunDir
 from torchspec_hpc.config.rundir import write_atomic
 from torchspec_hpc.errors import ConfigError, TorchspecError
+from torchspec_hpc.slurm import watch
 from torchspec_hpc.slurm.attempts import Attempt, History
 from torchspec_hpc.slurm.failures import read_failures, root_cause
 from torchspec_hpc.slurm.job import JobFate, read_fate
 from torchspec_hpc.slurm.local import LocalLauncher, split_gpus
+from torchspec_hpc.slurm.processes import Child
 from torchspec_hpc.slurm.requeue import Ending, Rules, decide
 from torchspec_hpc.slurm.scheduler import JobInfo
+from torchspec_hpc.slurm.services import Services
 from torchspec_hpc.slurm.srun import own_ip
-from torchspec_hpc.slurm.watch import last_logged_step
+from torchspec_hpc.slurm.steps import Step
+from torchspec_hpc.slurm.watch import last_logged_step, stop_grace_s
 
 RULES = Rules(can_requeue=True, max_attempts=10)
 LOCAL = replace(RULES, can_requeue=False)
@@ -108,6 +114,49 @@ def test_last_logged_step(tmp_path: Path) -> None:
     line = '{"step": %d, "train/loss": 1.0}\n'
     run.metrics.write_text("".join(line % i for i in range(1, 2000)) + '{"st')
     assert last_logged_step(run) == 1999
+
+
+@pytest.mark.parametrize(
+    ("cluster", "given", "warning_s", "grace_s"),
+    [
+        ("local", None, 600, 120),
+        ("slurm", None, 600, 540),
+        ("slurm", None, 60, 30),
+        ("slurm", 7, 600, 7),
+    ],
+)
+def test_the_grace_is_the_time_that_the_warning_leaves(
+    tmp_path: Path, cluster: str, given: float | None, warning_s: int, grace_s: float
+) -> None:
+    sections: dict[str, Any] = {
+        "control": {"stop_grace_s": given},
+        "slurm": {"signal_before_s": warning_s, "time": "01:00:00"},
+    }
+    config = make_run(tmp_path / "r", Plan(), cluster=cluster, **sections).config
+    assert stop_grace_s(config) == grace_s
+
+
+@pytest.mark.parametrize(("done", "stop_grace_s", "code"), [(True, 60, 0), (False, 0.1, 85)])
+def test_a_step_that_hangs_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: bool, stop_grace_s: float, code: int
+) -> None:
+    run = make_run(tmp_path / "r", Plan(), control={"stop_grace_s": stop_grace_s})
+    logs = run.dir.root
+    argv = ["sleep", "60"]
+    step = Step("training", [Child(argv, logs / "step.log", {})], signal.SIGKILL)
+    services = Services(run.config, "127.0.0.1", logs, "unused")
+    monkeypatch.setattr(watch, "_LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(watch, "_DONE_GRACE_S", 0.0)
+    if done:
+        write_atomic(run.dir.done, {"step": 5})
+    asked = time.monotonic()
+    try:
+        ending = watch.Watch(
+            run.dir, logs, run.config, services, step, step, lambda: asked
+        ).until_the_end()
+    finally:
+        step.kill()
+    assert ending.exit_code == code
 
 
 def test_the_root_cause_is_the_users_mistake_or_else_the_first(tmp_path: Path) -> None:

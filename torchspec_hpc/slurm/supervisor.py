@@ -50,7 +50,7 @@ from torchspec_hpc.slurm.services import Services
 from torchspec_hpc.slurm.signals import SignalInbox
 from torchspec_hpc.slurm.srun import SlurmLauncher
 from torchspec_hpc.slurm.steps import INFERENCE, TRAINING, Launcher, Step
-from torchspec_hpc.slurm.watch import Watch
+from torchspec_hpc.slurm.watch import Watch, stop_grace_s, write_stop
 
 logger = logging.getLogger(__name__)
 
@@ -136,10 +136,8 @@ class Supervisor:
         self._publish(attempt, services)
         inference = self._steps[INFERENCE] = self._launcher.start_inference(logs)
         training = self._steps[TRAINING] = self._launcher.start_training(logs)
-        deadlines = self._config.control
-        watch = Watch(
-            self._run, logs, deadlines, services, inference, training, self._act_on_signals
-        )
+        check = self._act_on_signals
+        watch = Watch(self._run, logs, self._config, services, inference, training, check)
         return watch.until_the_end()
 
     def _publish(self, attempt: Attempt, services: Services) -> None:
@@ -182,10 +180,10 @@ class Supervisor:
         logger.info(
             "%s: asking the trainers for a checkpoint, for %.0f s at most%s",
             number.name,
-            self._config.control.stop_grace_s,
+            stop_grace_s(self._config),
             "; again to kill everything" if number is signal.SIGINT else "",
         )
-        write_atomic(self._run.stop, {"reason": number.name, "time": time.time()})
+        write_stop(self._run, number.name)
 
     def _act_on_fate(self, fate: JobFate) -> None:
         if fate is not JobFate.RUNNING:

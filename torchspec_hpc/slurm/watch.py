@@ -9,9 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from torchspec_hpc.config.checkpoint_files import latest_step
-from torchspec_hpc.config.rundir import RunDir
-from torchspec_hpc.config.schema import ControlConfig
-from torchspec_hpc.errors import EXIT_CRASH, EXIT_DONE, EXIT_REQUEUE, DeadlineExceeded
+from torchspec_hpc.config.rundir import RunDir, write_atomic
+from torchspec_hpc.config.schema import Config
+from torchspec_hpc.errors import (
+    EXIT_CRASH,
+    EXIT_DONE,
+    EXIT_REQUEUE,
+    DeadlineExceeded,
+    TorchspecError,
+)
 from torchspec_hpc.slurm.failures import read_failures, root_cause
 from torchspec_hpc.slurm.requeue import Ending
 from torchspec_hpc.slurm.services import Services
@@ -25,6 +31,12 @@ _LOOK_EVERY_S = 5.0
 _TELL_EVERY_S = 60.0
 #: After a worker has said why it fails, its step gets so long to end by itself.
 _FAILURE_GRACE_S = 30.0
+#: From ``control/done`` to the end of the training step; srun may hang after its tasks' end.
+_DONE_GRACE_S = 60.0
+#: For trainers that have not made a step: they may be loading, deaf, and have nothing to save.
+_IDLE_GRACE_S = 15.0
+#: Of the time between Slurm's warning and the time limit: to stop everything and to requeue.
+_RESERVE_S, _MIN_GRACE_S, _LOCAL_GRACE_S = 60.0, 30.0, 120.0
 _TAIL_BYTES = 8192
 
 
@@ -34,7 +46,7 @@ class Watch:
     Args:
         run: The run.
         logs: Of this attempt.
-        config: Deadlines.
+        config: The run's settings.
         services: Running.
         inference: Running.
         training: Running.
@@ -46,61 +58,122 @@ class Watch:
         self,
         run: RunDir,
         logs: Path,
-        config: ControlConfig,
+        config: Config,
         services: Services,
         inference: Step,
         training: Step,
         stop_asked_at: Callable[[], float | None],
     ) -> None:
-        self._run, self._logs, self._config, self._services = run, logs, config, services
+        self._run, self._logs, self._services = run, logs, services
+        self._engine_ready_s = config.control.engine_ready_s
+        self._grace_s = stop_grace_s(config)
         self._inference, self._training = inference, training
         self._stop_asked_at = stop_asked_at
         self._start = self._told = self._looked = time.monotonic()
         self._first_step = last_logged_step(run)
         self._engine_is_ready = False
         self._failing_since: float | None = None
+        self._done_since: float | None = None
+        # what ended while the trainers needed it, and how long they may still take to save
+        self._lost: Ending | None = None
+        self._save_until = 0.0
 
     def until_the_end(self) -> Ending:
         """Returns when the trainers have ended, or when there is no point in waiting for it.
 
         Raises:
-            TorchspecError: A service ended.
-            DeadlineExceeded: No engine became ready in time, or the trainers did not stop.
+            DeadlineExceeded: No engine became ready in time.
         """
         while True:
             stop_asked_at = self._stop_asked_at()
             if (code := self._training.poll()) is not None:
-                return self._trainers_ended(code)
+                end = self._trainers_ended(code)
+                return end if end.exit_code == EXIT_DONE else self._lost or end
             now = time.monotonic()
-            if stop_asked_at is None:
-                if (code := self._inference.poll()) is not None:
-                    return self._engines_ended(code)
-            elif now - stop_asked_at > self._config.stop_grace_s:
-                raise DeadlineExceeded(
-                    "the trainers to stop (control.stop_grace_s)",
-                    self._config.stop_grace_s,
-                    hint=f"the training step's log ends with:\n{self._training.log_tail()}",
-                )
-            self._services.check()
-            if now - self._looked > _LOOK_EVERY_S:
-                self._looked = now
-                if self._a_worker_failed(now):
-                    return self._failed(EXIT_CRASH, "a worker failed and its step did not end")
-                self._check_engines(now)
-            if now - self._told > _TELL_EVERY_S:
-                self._told = now
-                self._tell_progress(now)
+            if ending := self._patience_ends(now, stop_asked_at) or self._look(now):
+                return ending
             time.sleep(_POLL_S)
 
+    def _patience_ends(self, now: float, stop_asked_at: float | None) -> Ending | None:
+        """The end where trainers were asked to stop and had their time; None: go on waiting."""
+        if self._lost is not None:
+            if now > self._save_until:
+                logger.error("the trainers wrote no checkpoint in time")
+                return self._lost
+        elif stop_asked_at is None:
+            if (lost := self._what_ended()) is not None:
+                self._save_before(lost, now)
+        elif now - stop_asked_at > self._grace_s:
+            return self._did_not_stop()
+        return None
+
+    def _look(self, now: float) -> Ending | None:
+        """Looks, now and then, at what is slow to look at."""
+        if now - self._told > _TELL_EVERY_S:
+            self._told = now
+            self._tell_progress(now)
+        if now - self._looked <= _LOOK_EVERY_S:
+            return None
+        self._looked = now
+        if self._hangs_after_done(now):
+            return self._done()
+        if self._lost is None:
+            if self._a_worker_failed(now):
+                return self._failed(EXIT_CRASH, "a worker failed and its step did not end")
+            self._check_engines(now)
+        return None
+
     def _trainers_ended(self, code: int) -> Ending:
-        saved = latest_step(self._run)
         if code == EXIT_DONE and self._run.done.exists():
-            return Ending(EXIT_DONE, f"done: {saved} steps")
+            return self._done()
         if code == EXIT_REQUEUE:
+            saved = latest_step(self._run)
             return Ending(EXIT_REQUEUE, f"stopped with a checkpoint of step {saved}")
         if code == EXIT_DONE:
             return self._failed(EXIT_CRASH, f"the trainers ended without writing {self._run.done}")
         return self._failed(code, f"the training step ended with {code}", self._training)
+
+    def _done(self) -> Ending:
+        return Ending(EXIT_DONE, f"done: {latest_step(self._run)} steps")
+
+    def _hangs_after_done(self, now: float) -> bool:
+        """Whether the trainers have been done for long and their step has not ended."""
+        if self._done_since is None and self._run.done.exists():
+            self._done_since = now
+        if self._done_since is None or now - self._done_since < _DONE_GRACE_S:
+            return False
+        logger.warning("training is done, but its step has not ended: it is killed")
+        return True
+
+    def _did_not_stop(self) -> Ending:
+        """Asked to, so the run goes on: from its last checkpoint."""
+        if self._run.done.exists():
+            return self._done()
+        logger.error("the training step's log ends with:\n%s", self._training.log_tail())
+        return Ending(
+            EXIT_REQUEUE,
+            f"the trainers did not stop within {self._grace_s:.0f} s (control.stop_grace_s) and "
+            f"were killed; the last checkpoint is of step {latest_step(self._run)}",
+        )
+
+    def _what_ended(self) -> Ending | None:
+        """The failure of what the trainers need: the engines or a service."""
+        if (code := self._inference.poll()) is not None:
+            return self._engines_ended(code)
+        try:
+            self._services.check()
+        except TorchspecError as error:
+            return Ending(EXIT_CRASH, str(error))
+        return None
+
+    def _save_before(self, lost: Ending, now: float) -> None:
+        """Asks the trainers for a checkpoint before the attempt ends with this failure."""
+        idle = last_logged_step(self._run) == self._first_step
+        grace_s = min(self._grace_s, _IDLE_GRACE_S) if idle else self._grace_s
+        self._lost, self._save_until = lost, now + grace_s
+        logger.error("%s", lost.message)
+        logger.info("asking the trainers for a checkpoint, for %.0f s at most", grace_s)
+        write_stop(self._run, lost.message.splitlines()[0])
 
     def _engines_ended(self, code: int) -> Ending:
         what = (
@@ -135,10 +208,10 @@ class Watch:
             any(self._run.ready.glob("inference_*.json"))
             or last_logged_step(self._run) != self._first_step
         )
-        if not self._engine_is_ready and now - self._start > self._config.engine_ready_s:
+        if not self._engine_is_ready and now - self._start > self._engine_ready_s:
             raise DeadlineExceeded(
                 "an engine to become ready (control.engine_ready_s)",
-                self._config.engine_ready_s,
+                self._engine_ready_s,
                 hint=f"the inference step's log ends with:\n{self._inference.log_tail()}",
             )
 
@@ -149,6 +222,26 @@ class Watch:
             last_logged_step(self._run),
             latest_step(self._run),
         )
+
+
+def stop_grace_s(config: Config) -> float:
+    """Seconds from the request to stop until trainers are killed: ``control.stop_grace_s``.
+
+    Its default under Slurm is the time that the warning leaves.
+    """
+    if config.control.stop_grace_s is not None:
+        return config.control.stop_grace_s
+    if config.cluster == "local":
+        return _LOCAL_GRACE_S
+    return max(_MIN_GRACE_S, config.slurm.signal_before_s - _RESERVE_S)
+
+
+def write_stop(run: RunDir, reason: str) -> None:
+    """Asks the trainers for a checkpoint; a full disk is logged and kills nobody."""
+    try:
+        write_atomic(run.stop, {"reason": reason, "time": time.time()})
+    except OSError as error:
+        logger.error("cannot ask the trainers to stop: %s", error)
 
 
 def last_logged_step(run: RunDir) -> int:
