@@ -21,7 +21,7 @@ from torchspec_hpc.errors import ConfigError, TorchspecError
 from torchspec_hpc.slurm import watch
 from torchspec_hpc.slurm.attempts import Attempt, History
 from torchspec_hpc.slurm.failures import read_failures, root_cause
-from torchspec_hpc.slurm.job import JobFate, read_fate
+from torchspec_hpc.slurm.job import Job, JobFate, read_fate
 from torchspec_hpc.slurm.local import LocalLauncher, split_gpus
 from torchspec_hpc.slurm.processes import Child
 from torchspec_hpc.slurm.requeue import Ending, Rules, decide
@@ -29,7 +29,7 @@ from torchspec_hpc.slurm.scheduler import JobInfo
 from torchspec_hpc.slurm.services import Services
 from torchspec_hpc.slurm.srun import own_ip
 from torchspec_hpc.slurm.steps import Step
-from torchspec_hpc.slurm.watch import last_logged_step, stop_grace_s
+from torchspec_hpc.slurm.watch import last_logged_step, stop_grace_s, write_stop
 
 RULES = Rules(can_requeue=True, max_attempts=10)
 LOCAL = replace(RULES, can_requeue=False)
@@ -88,6 +88,41 @@ def test_a_launch_that_failed_is_tried_again_but_not_for_ever() -> None:
 def test_what_becomes_of_the_job(info: tuple[str, int | None, str], fate: JobFate) -> None:
     state, restarts, reason = info
     assert read_fate(JobInfo("7", state, None, restarts, reason), restart_count=1) is fate
+
+
+def test_a_controller_that_restarts_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = tmp_path / "calls"
+    for name, answer in {"squeue": "7|RUNNING|0|0|None|n1|", "scontrol": "", "sacct": ""}.items():
+        client = tmp_path / name
+        client.write_text(
+            f"#!/bin/sh\necho {name} >> {calls}\n[ $(grep -c {name} {calls}) -gt 2 ] || exit 1\n"
+            f"echo '{answer}'\n"
+        )
+        client.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    patient = Job("7", 0, 1, back_off_s=(0.0, 0.0))
+    assert patient.fate() is JobFate.RUNNING
+    patient.requeue()
+    calls.unlink()
+    impatient = Job("7", 0, 1, back_off_s=(0.0,))
+    assert impatient.fate() is JobFate.UNKNOWN
+    with pytest.raises(TorchspecError, match="does not requeue"):
+        impatient.requeue()
+
+
+def test_a_full_disk_hides_no_failure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = RunDir(tmp_path)
+    run.create()
+    words = {"role": "training", "rank": 0, "node": "n1", "error": "x", "exit_code": 1}
+    write_atomic(run.errors / "training_0.json", words)
+    (run.errors / ".refresh").mkdir()  # in the way, as there is no disk to fill
+    run.stop.mkdir()
+    assert len(read_failures(run)) == 1
+    write_stop(run, "x")
+    assert "cannot write to the run directory" in caplog.text
+    assert "cannot ask the trainers to stop" in caplog.text
 
 
 def test_history_survives_attempts_that_were_killed(tmp_path: Path) -> None:

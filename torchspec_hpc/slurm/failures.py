@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torchspec_hpc.config.rundir import RunDir
 from torchspec_hpc.errors import EXIT_USER_ERROR
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,16 +39,28 @@ class Failure:
 
 def read_failures(run: RunDir) -> list[Failure]:
     """All failures of this attempt, in the order in which they were written."""
-    # NFS clients cache a directory's entries for up to a minute, unless they change it themselves
-    probe = run.errors / ".refresh"
-    probe.touch()
-    probe.unlink()
+    _refresh(run)
     found: list[tuple[float, Failure]] = []
     for path in run.errors.glob("*.json"):
         with contextlib.suppress(FileNotFoundError):
             fields = json.loads(path.read_text(encoding="utf-8"))
             found.append((path.stat().st_mtime, Failure(**fields)))
     return [failure for _, failure in sorted(found, key=lambda item: item[0])]
+
+
+def _refresh(run: RunDir) -> None:
+    """NFS clients cache a directory's entries for a minute unless they change it themselves."""
+    probe = run.errors / ".refresh"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:  # a full disk: then failures are seen later
+        _warn_once(f"cannot write to the run directory: {error}")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning("%s", message)
 
 
 def root_cause(failures: Sequence[Failure]) -> Failure | None:

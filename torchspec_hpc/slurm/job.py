@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from enum import Enum
 
-from torchspec_hpc.errors import TorchspecError
-from torchspec_hpc.slurm.scheduler import JobInfo, SchedulerError, job_info, run_client
+from torchspec_hpc.slurm.scheduler import (
+    BACK_OFF_S,
+    JobInfo,
+    SchedulerError,
+    insist,
+    job_info,
+    run_client,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -55,29 +62,40 @@ class Job:
         job_id: Of the het leader.
         restart_count: Restarts before this attempt.
         num_components: Of the het job.
+        back_off_s: Seconds before each further try to reach Slurm.
     """
 
-    def __init__(self, job_id: str, restart_count: int, num_components: int) -> None:
-        self.job_id = job_id
+    def __init__(
+        self,
+        job_id: str,
+        restart_count: int,
+        num_components: int,
+        back_off_s: Sequence[float] = BACK_OFF_S,
+    ) -> None:
+        self.job_id, self._back_off_s = job_id, back_off_s
         self._restart_count, self._num_components = restart_count, num_components
 
     def fate(self) -> JobFate:
         """What becomes of the job; UNKNOWN where Slurm does not answer."""
         try:
-            return read_fate(job_info(self.job_id), self._restart_count)
+            return insist(self._ask_fate, self._back_off_s)
         except SchedulerError as error:
-            logger.warning("%s", error)
+            logger.error("%s", error)
             return JobFate.UNKNOWN
+
+    def _ask_fate(self) -> JobFate:
+        fate = read_fate(job_info(self.job_id), self._restart_count)
+        if fate is JobFate.UNKNOWN:
+            raise SchedulerError(fate.value)
+        return fate
 
     def requeue(self) -> None:
         """Puts the job back into the queue; Slurm kills this attempt within ``KillWait``.
 
         Raises:
-            TorchspecError: Slurm refuses.
+            SchedulerError: Slurm refuses, or does not answer.
         """
-        done = run_client(["scontrol", "requeue", self.job_id])
-        if done.returncode:
-            raise TorchspecError(f"Slurm does not requeue this job: {done.stderr.strip()}")
+        insist(self._ask_requeue, self._back_off_s)
         for component in range(self._num_components):
             name = int(self.job_id) + component
             done = run_client(
@@ -85,3 +103,8 @@ class Job:
             )
             if done.returncode:  # then it waits longer
                 logger.debug("cannot hasten the restart: %s", done.stderr.strip())
+
+    def _ask_requeue(self) -> None:
+        done = run_client(["scontrol", "requeue", self.job_id])
+        if done.returncode:
+            raise SchedulerError(f"Slurm does not requeue this job: {done.stderr.strip()}")

@@ -6,8 +6,10 @@ import logging
 import os
 import re
 import subprocess
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torchspec_hpc.errors import TorchspecError, UserError
 
@@ -24,9 +26,14 @@ ENDED = frozenset(
 )  # fmt: skip
 
 _CLIENT_S = 60.0
+#: Seconds before each further try of what must not fail because the controller restarts.
+BACK_OFF_S = (2.0, 6.0, 16.0, 36.0)
 _SQUEUE_FIELDS = ("JobID", "State", "exit_code", "RestartCnt", "Reason", "NodeList")
 _SACCT_FIELDS = ("JobID", "State", "ExitCode", "NodeList")
 _ESTIMATE = re.compile(r"to start at (\S+) using")
+
+
+_T = TypeVar("_T")
 
 
 class SchedulerError(TorchspecError):
@@ -178,6 +185,25 @@ def run_client(argv: Sequence[str], stdin: str | None = None) -> subprocess.Comp
         ) from error
     except subprocess.TimeoutExpired as error:
         raise SchedulerError(f"{argv[0]} did not answer within {_CLIENT_S:.0f} s") from error
+
+
+def insist(ask: Callable[[], _T], back_off_s: Sequence[float] = BACK_OFF_S) -> _T:
+    """Asks Slurm until it answers.
+
+    Args:
+        ask: Raises :class:`SchedulerError` where another try may help.
+        back_off_s: Seconds before each further try.
+
+    Raises:
+        SchedulerError: Of the last try.
+    """
+    for delay_s in back_off_s:
+        try:
+            return ask()
+        except SchedulerError as error:  # noqa: PERF203 - it sleeps anyway
+            logger.warning("%s; asking again in %.0f s", error, delay_s)
+            time.sleep(delay_s)
+    return ask()
 
 
 def _squeue(job_ids: Sequence[str]) -> dict[str, JobInfo]:

@@ -190,7 +190,7 @@ class Supervisor:
             logger.info("%s", fate.value)
         if fate is JobFate.TIME_LIMIT:
             ending = Ending(EXIT_REQUEUE, "the time limit was reached")
-            self._history.end(ending.exit_code, ending.message)
+            self._end_history(ending)
             if decide(ending, self._history.attempts, self._rules).requeue:
                 self._requeue()
 
@@ -204,10 +204,10 @@ class Supervisor:
 
     def _conclude(self, attempt: Attempt, ending: Ending) -> int:
         """Records how the attempt ended, and requeues where that is due."""
-        self._history.end(ending.exit_code, ending.message)
-        verdict = self._verdict(ending)
         level = logging.INFO if ending.exit_code in (EXIT_DONE, EXIT_REQUEUE) else logging.ERROR
         logger.log(level, "%s", ending.message)
+        self._end_history(ending)
+        verdict = self._verdict(ending)
         content = {"attempt": attempt.number, "reason": verdict.reason, "codes": self._codes}
         _record(self._run, ending, content)
         if verdict.requeue:
@@ -219,13 +219,21 @@ class Supervisor:
             logger.info("to go on: %s", self._launcher.how_to_continue())
         return ending.exit_code
 
+    def _end_history(self, ending: Ending) -> None:
+        try:
+            self._history.end(ending.exit_code, ending.message)
+        except OSError as error:  # a full disk must not hide how it ended
+            logger.error("cannot write the history of attempts: %s", error)
+
     def _verdict(self, ending: Ending) -> Verdict:
         if self._requeued:
             return Verdict(False, "that was done when the time limit was reached")
         verdict = decide(ending, self._history.attempts, self._rules)
         if verdict.requeue:
             fate = self._launcher.fate()
-            if fate not in (JobFate.RUNNING, JobFate.TIME_LIMIT):
+            if fate is JobFate.UNKNOWN:
+                logger.error("%s: trying to requeue it all the same", fate.value)
+            elif fate not in (JobFate.RUNNING, JobFate.TIME_LIMIT):
                 self._requeued = fate is JobFate.REQUEUED
                 return Verdict(False, fate.value)
         return verdict
@@ -241,7 +249,10 @@ class Supervisor:
 
 def _record(run: RunDir, ending: Ending, content: dict[str, Any]) -> None:
     known = {"exit_code": ending.exit_code, "message": ending.message}
-    write_atomic(run.exit_codes, {**known, **content})
+    try:
+        write_atomic(run.exit_codes, {**known, **content})
+    except OSError as error:  # a full disk must not hide how it ended
+        logger.error("cannot write %s: %s", run.exit_codes, error)
 
 
 def _ending(error: TorchspecError) -> Ending:
