@@ -28,7 +28,7 @@ from torchspec_hpc.slurm.requeue import Ending, Rules, decide
 from torchspec_hpc.slurm.scheduler import JobInfo
 from torchspec_hpc.slurm.services import Services
 from torchspec_hpc.slurm.srun import own_ip
-from torchspec_hpc.slurm.steps import Step
+from torchspec_hpc.slurm.steps import Step, worker_environment
 from torchspec_hpc.slurm.watch import last_logged_step, stop_grace_s, write_stop
 
 RULES = Rules(can_requeue=True, max_attempts=10)
@@ -123,6 +123,14 @@ def test_a_full_disk_hides_no_failure(tmp_path: Path, caplog: pytest.LogCaptureF
     write_stop(run, "x")
     assert "cannot write to the run directory" in caplog.text
     assert "cannot ask the trainers to stop" in caplog.text
+
+
+@pytest.mark.parametrize("cluster", ["local", "slurm"])
+def test_compute_nodes_download_nothing(tmp_path: Path, cluster: str) -> None:
+    config = make_run(tmp_path / "r", Plan(), cluster=cluster).config
+    offline = {"slurm": "1"}.get(cluster)
+    assert worker_environment(config, {}, None).get("HF_HUB_OFFLINE") == offline
+    assert worker_environment(config, {"HF_HUB_OFFLINE": "0"}, None)["HF_HUB_OFFLINE"] == "0"
 
 
 def test_history_survives_attempts_that_were_killed(tmp_path: Path) -> None:

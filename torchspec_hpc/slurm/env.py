@@ -12,13 +12,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torchspec_hpc.errors import TorchspecError
+from torchspec_hpc.slurm.scheduler import SchedulerError, insist, run_client
 
 #: Het group that runs the engines, and whose first node runs the supervisor.
 INFERENCE_GROUP = 0
 #: Het group that runs the trainers.
 TRAINING_GROUP = 1
 
-_SCONTROL_S = 60.0
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 
@@ -94,19 +94,14 @@ def node_addresses(nodes: Iterable[str]) -> dict[str, str]:
     """Address of every node as Slurm itself reaches it (``NodeAddr``).
 
     Node names need not resolve, and where they do they may name another interface.
-    One ``scontrol`` call, whatever the number of nodes.
+    One ``scontrol`` call, whatever the number of nodes, again while no controller answers.
 
     Raises:
+        SchedulerError: No controller answers.
         SlurmEnvironmentError: ``scontrol`` fails or leaves a node out.
     """
     wanted = list(nodes)
-    done = subprocess.run(
-        ["scontrol", "show", "node", "--oneliner", ",".join(wanted)],
-        text=True,
-        capture_output=True,
-        timeout=_SCONTROL_S,
-        check=False,
-    )
+    done = insist(lambda: _show_nodes(wanted))
     found = dict(re.findall(r"^NodeName=(\S+) .*?\bNodeAddr=(\S+)", done.stdout, re.MULTILINE))
     if missing := sorted(set(wanted) - set(found)):
         said = [line for line in done.stdout.splitlines() if not line.startswith("NodeName=")]
@@ -115,6 +110,13 @@ def node_addresses(nodes: Iterable[str]) -> dict[str, str]:
             + "; ".join([*said, *done.stderr.splitlines()])
         )
     return {node: found[node] for node in wanted}
+
+
+def _show_nodes(nodes: list[str]) -> subprocess.CompletedProcess[str]:
+    done = run_client(["scontrol", "show", "node", "--oneliner", ",".join(nodes)])
+    if done.returncode and not done.stdout:  # a node that it does not know is named there
+        raise SchedulerError(f"scontrol show node failed: {done.stderr.strip()}")
+    return done
 
 
 def _read_group(environ: Mapping[str, str], index: int) -> HetGroup:

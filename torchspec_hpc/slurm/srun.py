@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import signal
 import socket
@@ -31,6 +32,8 @@ from torchspec_hpc.slurm.steps import (
     trainer_shepherd_options,
     worker_environment,
 )
+
+logger = logging.getLogger(__name__)
 
 #: Where there is no way to look for a free port on another node: below the ports that Linux
 #: hands out, above the well-known ones.
@@ -76,6 +79,8 @@ class SlurmLauncher:
 
     def start_inference(self, logs: Path) -> Step:
         """One task an engine. One engine's end ends the step: the others could not make up."""
+        if "HF_HUB_OFFLINE" not in self._environ:
+            logger.info("workers use cached files of the Hugging Face hub only (HF_HUB_OFFLINE=1)")
         inference, group = self._config.inference, self._config.slurm.inference
         options = [
             f"--het-group={INFERENCE_GROUP}",

@@ -161,6 +161,8 @@ def worker_environment(
         "PYTHONUNBUFFERED": "1",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_TORCHRUN_KILL_S),
     }
+    if config.cluster == "slurm":
+        defaults["HF_HUB_OFFLINE"] = "1"  # compute nodes download nothing
     if interface := config.slurm.network_interface:
         defaults |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
     if num_threads is not None:

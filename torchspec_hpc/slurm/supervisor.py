@@ -26,6 +26,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,8 @@ class Supervisor:
             self._engine_grace_s = 0
             ending = Ending(128 + signal.SIGINT, str(error))
         except TorchspecError as error:
-            ending = _ending(error)
+            # a service or an address that failed before any worker ran: worth another try
+            ending = replace(_ending(error), launched=bool(self._steps))
         except Exception as error:  # whatever it is, nothing may stay behind
             logger.exception("the supervisor failed")
             ending = Ending(EXIT_CRASH, f"{type(error).__name__}: {error}")
