@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 STEPS = 100
 #: Relative difference of losses that the engine's batching may cause.
 NOISE = 1e-4
-LONG_STEPS = 1500
+LONG_STEPS = 250
 
 
 def submit(cluster: Cluster, config: Path) -> tuple[str, Path]:
@@ -105,16 +105,19 @@ def test_interrupted_run_has_the_loss_curve_of_an_undisturbed_one(
     assert losses(run) == expected
 
 
-def test_time_limit_requeues_and_loses_no_step(cluster: Cluster, config_file: ConfigWriter) -> None:
-    """The real limit of one minute, with its real warning; an undisturbed run beside it."""
-    training = {"num_train_steps": LONG_STEPS, "ttt_length": 7}
-    short = {"time": "00:01:00", "signal_before_s": 20}
-    limited = config_file(cluster="slurm", run_name="limited", training=training, slurm=short)
-    free = config_file(cluster="slurm", run_name="free", training=training)
-    (job, run), (other, reference) = submit(cluster, limited), submit(cluster, free)
+@pytest.mark.parametrize("num_trainers", [1, 2])
+def test_time_limit_requeues_and_loses_no_step(
+    cluster: Cluster, config_file: ConfigWriter, num_trainers: int
+) -> None:
+    """The real limit of one minute with its real warning, as often as it takes."""
+    training = {"training_num_nodes": num_trainers, "num_train_steps": LONG_STEPS, "ttt_length": 7}
+    short = {"time": "00:01:00", "signal_before_s": 10}
+    sections = {"cluster": "slurm", "training": training}
+    job, run = submit(cluster, config_file(run_name="limited", slurm=short, **sections))
+    other, reference = submit(cluster, config_file(run_name="free", **sections))
     cluster.wait_restart(job, 1, 180)
+    finish(cluster, job, run, 400)
     finish(cluster, other, reference)
-    finish(cluster, job, run, 300)
     assert losses(run) == losses(reference)
 
 
