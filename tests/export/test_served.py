@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from torchspec_hpc.config.checkpoint_files import CheckpointMeta
 from torchspec_hpc.config.schema import ModelConfig
 from torchspec_hpc.drafts.batch import pack
 from torchspec_hpc.drafts.eagle3.config import Eagle3Config
@@ -90,5 +91,6 @@ def _overfit(
             break
     assert torch.equal(output.correct, output.scored), "the draft did not learn the answer"
     weights = {name: p.detach() for name, p in draft.named_parameters()}
-    meta = {"step": 1, "draft": {"config": config.to_dict()}}
+    draft_meta = {"config": config.to_dict()}
+    meta = CheckpointMeta(1, 1, draft_meta, target=str(target), stream={}, world_size=1)
     return DraftCheckpoint(Path(), meta, weights, kept.numpy())
