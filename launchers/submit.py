@@ -13,7 +13,11 @@ import sys
 from submitit.core.utils import FailedJobError
 
 from torchspec_hpc.config import load_config
-from torchspec_hpc.errors import EXIT_CRASH, EXIT_USER_ERROR, TorchspecError, UserError
+from torchspec_hpc.errors import (
+    EXIT_CRASH,
+    TorchspecError,
+    exit_code_of,
+)
 from torchspec_hpc.slurm.submit import submit
 
 
@@ -36,4 +40,4 @@ if __name__ == "__main__":
         sys.exit(main(*sys.argv[1:]))
     except TorchspecError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_CRASH)
+        sys.exit(exit_code_of(error))

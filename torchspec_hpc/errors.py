@@ -59,3 +59,8 @@ class DeadlineExceeded(TorchspecError):
         self.waited_for, self.seconds = waited_for, seconds
         tail = f"\n  next:    {hint}" if hint else ""
         super().__init__(f"waited {seconds:.0f} s for {waited_for}, in vain{tail}")
+
+
+def exit_code_of(error: BaseException) -> int:
+    """Exit code of a process that this error ends: the user's mistakes have one of their own."""
+    return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_CRASH

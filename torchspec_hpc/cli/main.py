@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import typer
 
 from torchspec_hpc import __version__
-from torchspec_hpc.errors import EXIT_USER_ERROR, TorchspecError, UserError
+from torchspec_hpc.errors import TorchspecError, exit_code_of
 
 app = typer.Typer(
     name="torchspec-hpc",
@@ -151,9 +151,6 @@ def main() -> None:
     """Entry point: user errors end with one message and exit code 2, without a traceback."""
     try:
         app()
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(EXIT_USER_ERROR)
     except TorchspecError as error:
         sys.stderr.write(f"error: {error}\n")
-        sys.exit(1)
+        sys.exit(exit_code_of(error))

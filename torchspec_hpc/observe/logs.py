@@ -14,7 +14,11 @@ from pathlib import Path
 
 from torchspec_hpc.config.endpoints import node_name
 from torchspec_hpc.config.rundir import RunDir, write_atomic
-from torchspec_hpc.errors import EXIT_CRASH, EXIT_USER_ERROR, TorchspecError, UserError
+from torchspec_hpc.errors import (
+    TorchspecError,
+    UserError,
+    exit_code_of,
+)
 
 LEVEL_VARIABLE = "TORCHSPEC_LOG_LEVEL"
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -113,7 +117,7 @@ def report_error(run: RunDir, role: str, rank: int, error: BaseException) -> int
     Returns:
         The exit code of the process.
     """
-    exit_code = EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_CRASH
+    exit_code = exit_code_of(error)
     expected = isinstance(error, TorchspecError)
     message = str(error) if expected else f"{type(error).__name__}: {error}"
     logger.error("%s", message, exc_info=None if expected else error)

@@ -20,12 +20,11 @@ from torchspec_hpc.config.rundir import RunDir, write_atomic
 from torchspec_hpc.config.schema import Config
 from torchspec_hpc.config.slurm_schema import SlurmConfig
 from torchspec_hpc.errors import (
-    EXIT_CRASH,
     EXIT_DONE,
-    EXIT_USER_ERROR,
     ConfigError,
     TorchspecError,
     UserError,
+    exit_code_of,
 )
 from torchspec_hpc.observe.provenance import provenance
 from torchspec_hpc.slurm.env import INFERENCE_GROUP, TRAINING_GROUP, job_id, read_het_groups
@@ -203,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = prepare_run(config, resume=options.resume, job=job)
     except TorchspecError as error:
         sys.stderr.write(f"error: {error}\n")
-        return EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_CRASH
+        return exit_code_of(error)
     sys.stdout.write(f"{run.root}\n")
     return EXIT_DONE
 

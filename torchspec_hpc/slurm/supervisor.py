@@ -38,9 +38,8 @@ from torchspec_hpc.errors import (
     EXIT_CRASH,
     EXIT_DONE,
     EXIT_REQUEUE,
-    EXIT_USER_ERROR,
     TorchspecError,
-    UserError,
+    exit_code_of,
 )
 from torchspec_hpc.observe.logs import setup_logging
 from torchspec_hpc.slurm.attempts import Attempt, History
@@ -258,7 +257,7 @@ def _record(run: RunDir, ending: Ending, content: dict[str, Any]) -> None:
 
 
 def _ending(error: TorchspecError) -> Ending:
-    return Ending(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_CRASH, str(error))
+    return Ending(exit_code_of(error), str(error))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
