@@ -29,6 +29,11 @@ class StepResult:
         applied: False if the gradient was not finite and the parameters stayed.
         flagged: Whether any rank raised its flag in this step.
         abandoned: A rank had no data, so nothing was done on any.
+        flops: Of this rank's forward and backward passes, by formula.
+        rows_computed: Rows that the TTT steps computed, of this rank.
+        rows_total: Rows there would have been without leaving any out, K times the tokens.
+        compute_s: Seconds of forward, backward and gradient norm.
+        optimizer_s: Seconds of the update.
     """
 
     sums: Tensor
@@ -36,6 +41,11 @@ class StepResult:
     applied: bool
     flagged: bool
     abandoned: bool = False
+    flops: float = 0.0
+    rows_computed: int = 0
+    rows_total: int = 0
+    compute_s: float = 0.0
+    optimizer_s: float = 0.0
 
 
 def step_weights(config: TrainingConfig) -> list[float]:
