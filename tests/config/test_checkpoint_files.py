@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from torchspec_hpc.config.checkpoint_files import (
+    BestCheckpoint,
     CheckpointMeta,
+    Progress,
     find_checkpoint,
     latest_checkpoint,
     latest_step,
@@ -23,14 +25,15 @@ META = CheckpointMeta(
     target="/models/x",
     stream={"dataset": "abc", "num_samples": 10, "seed": 0, "shuffle": True},
     world_size=2,
+    skipped=1,
 )
 
 
-def complete(run: RunDir, step: int, keep: int = 2) -> None:
+def complete(run: RunDir, step: int, keep: int = 2, accept_len: float | None = None) -> None:
     folder = run.checkpoints / f"step_{step}"
     temporary = folder.with_name(folder.name + ".tmp")
     temporary.mkdir(parents=True)
-    publish(run, temporary, folder, keep)
+    publish(run, temporary, folder, keep, accept_len)
 
 
 def names(run: RunDir) -> list[str]:
@@ -52,6 +55,39 @@ def test_the_latest_stays_even_if_others_have_higher_numbers(tmp_path: Path):
         complete(run, step)
     assert "step_5" in names(run)
     assert latest_checkpoint(run) == run.checkpoints / "step_5"
+
+
+def test_the_best_stays_and_is_found(tmp_path: Path):
+    run = RunDir(tmp_path)
+    assert BestCheckpoint.read(run) is None
+    with pytest.raises(UserError, match="best holds no checkpoint"):
+        find_checkpoint(run.best_checkpoint)
+    complete(run, 1)
+    complete(run, 2, accept_len=2.5)
+    for step in (3, 4, 5):
+        complete(run, step)
+    assert names(run) == ["best", "latest", "step_2", "step_4", "step_5"]
+    assert BestCheckpoint.read(run) == BestCheckpoint("step_2", 2.5)
+    assert find_checkpoint(run.best_checkpoint) == run.checkpoints / "step_2"
+    assert find_checkpoint(run.latest_checkpoint) == run.checkpoints / "step_5"
+    complete(run, 6, accept_len=2.6)
+    assert names(run) == ["best", "latest", "step_5", "step_6"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("step_1", "cannot read .*best"),
+        ('{"checkpoint": "step_1"}', "KeyError.*accept_len"),
+        ('{"checkpoint": "step_7", "accept_len": 2}', "names step_7, which is not there"),
+    ],
+)
+def test_a_damaged_best_is_an_error(tmp_path: Path, content: str, message: str):
+    run = RunDir(tmp_path)
+    complete(run, 1)
+    run.best_checkpoint.write_text(content)
+    with pytest.raises(UserError, match=message):
+        BestCheckpoint.read(run)
 
 
 def test_what_an_attempt_left_before_moving_latest_is_replaced(tmp_path: Path):
@@ -105,8 +141,7 @@ def test_a_checkpoint_is_found_from_where_one_points(tmp_path: Path):
 def test_meta_survives_the_file(tmp_path: Path):
     META.write(tmp_path)
     found = CheckpointMeta.read(tmp_path)
-    assert found.progress.step == 3
-    assert found.progress.cursor == 12
+    assert found.progress == Progress(step=3, cursor=12, skipped=1)
     found.check_matches(META, ("draft", "target", "stream"), tmp_path)
 
 
@@ -139,6 +174,7 @@ def test_no_checkpoint_and_another_format(tmp_path: Path):
         CheckpointMeta.read(tmp_path)
     META.write(tmp_path)
     content = json.loads((tmp_path / "meta.json").read_text())
-    (tmp_path / "meta.json").write_text(json.dumps(content | {"format_version": 99}))
-    with pytest.raises(UserError, match=r"another format \(99\)"):
-        CheckpointMeta.read(tmp_path)
+    for version in (1, 99):
+        (tmp_path / "meta.json").write_text(json.dumps(content | {"format_version": version}))
+        with pytest.raises(UserError, match=rf"another format \({version}\)"):
+            CheckpointMeta.read(tmp_path)

@@ -2,14 +2,16 @@
 
 Layout of ``<run>/checkpoints``::
 
-    step_<n>/  *.distcp .metadata   DCP: {"model", "optimizer"}, float32 masters and moments
-               rng_rank<r>.pt       random state of each rank
+    step_<n>/  *.distcp .metadata   DCP: {"model", "optimizer", "rng"}, float32 masters and
+                                    moments, random state of each rank
                kept_ids.npy         target ids of the draft vocabulary, where it is pruned
                meta.json            :class:`CheckpointMeta`
     latest                          name of the newest complete folder
+    best                            :class:`BestCheckpoint`, where held-out samples are evaluated
 
 A folder is written as ``step_<n>.tmp``, renamed when every rank is done, and
-only then named by ``latest``.
+only then named by ``latest`` and ``best``.  Whatever moment a process is killed
+at, both name a complete checkpoint.
 """
 
 from __future__ import annotations
@@ -36,10 +38,46 @@ class Progress:
     Attributes:
         step: Optimizer steps done.
         cursor: Samples of the stream consumed, over all ranks and epochs.
+        skipped: Steps among them that left the parameters as they were.
     """
 
     step: int = 0
     cursor: int = 0
+    skipped: int = 0
+
+
+@dataclass(frozen=True)
+class BestCheckpoint:
+    """The checkpoint with the longest acceptance length, as ``checkpoints/best`` holds it.
+
+    Attributes:
+        checkpoint: Name of its folder.
+        accept_len: ``eval/accept_len`` of its step.
+    """
+
+    checkpoint: str
+    accept_len: float
+
+    @classmethod
+    def read(cls, run: RunDir) -> BestCheckpoint | None:
+        """Reads it, None before the first.
+
+        Raises:
+            UserError: The file is damaged, or names a checkpoint that is not there.
+        """
+        try:
+            content = json.loads(run.best_checkpoint.read_text(encoding="utf-8"))
+            best = cls(str(content["checkpoint"]), float(content["accept_len"]))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"cannot read {run.best_checkpoint}: {error!r}",
+                allowed='{"checkpoint": "step_<n>", "accept_len": <number>}',
+                hint="correct it, or remove it to begin the search for the best anew",
+            ) from error
+        _named(run.best_checkpoint, best.checkpoint)
+        return best
 
 
 @dataclass(frozen=True)
@@ -53,6 +91,7 @@ class CheckpointMeta:
         target: Path or hub id of the target model.
         stream: What fixes the order of samples: dataset key, its size, seed, shuffling.
         world_size: Trainer ranks that wrote it.
+        skipped: Steps that left the parameters as they were.
         versions: Versions of this package and of torch.
         format_version: Of this layout.
     """
@@ -63,8 +102,9 @@ class CheckpointMeta:
     target: str
     stream: dict[str, Any]
     world_size: int
+    skipped: int = 0
     versions: dict[str, str] = field(default_factory=dict)
-    format_version: int = 1
+    format_version: int = 2
 
     @classmethod
     def read(cls, folder: Path) -> CheckpointMeta:
@@ -97,7 +137,7 @@ class CheckpointMeta:
     @property
     def progress(self) -> Progress:
         """How far the run was."""
-        return Progress(self.step, self.cursor)
+        return Progress(self.step, self.cursor, self.skipped)
 
     def check_matches(self, ours: CheckpointMeta, names: tuple[str, ...], folder: Path) -> None:
         """Refuses a checkpoint of another run.
@@ -130,13 +170,7 @@ def latest_checkpoint(run: RunDir) -> Path | None:
     name = _latest_name(run)
     if name is None:
         return None
-    folder = run.checkpoints / name
-    if not folder.is_dir():
-        raise UserError(
-            f"{run.latest_checkpoint} names {name}, which is not there",
-            hint="write the name of a complete step_<n> folder into it, or remove it",
-        )
-    return folder
+    return _named(run.latest_checkpoint, name)
 
 
 def latest_step(run: RunDir) -> int:
@@ -155,7 +189,7 @@ def latest_step(run: RunDir) -> int:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint meant by a run, a ``checkpoints`` directory or one checkpoint.
+    """The checkpoint meant by a run, its ``checkpoints``, one of them, ``latest`` or ``best``.
 
     Raises:
         UserError: There is none.
@@ -163,32 +197,46 @@ def find_checkpoint(path: Path) -> Path:
     path = path.absolute()
     if (path / _META).is_file():
         return path
+    run = RunDir(path.parent.parent)
+    if path == run.best_checkpoint and (best := BestCheckpoint.read(run)) is not None:
+        return run.checkpoints / best.checkpoint
+    if path == run.latest_checkpoint:
+        path = run.checkpoints
     run = RunDir(path.parent)
     latest = latest_checkpoint(run if path == run.checkpoints else RunDir(path))
     if latest is None:
         raise UserError(
             f"{path} holds no checkpoint",
-            allowed="a run directory, its checkpoints directory, or one checkpoint in it",
+            allowed="a run directory, its checkpoints directory, one checkpoint in it, "
+            "or the file latest or best beside them",
             hint="a run writes its first checkpoint after training.save_interval steps",
         )
     return latest
 
 
-def publish(run: RunDir, temporary: Path, folder: Path, keep: int) -> None:
+def publish(
+    run: RunDir, temporary: Path, folder: Path, keep: int, accept_len: float | None = None
+) -> None:
     """Gives a complete checkpoint its name, makes it the latest, removes old ones.
 
     Args:
         run: The run.
         temporary: The folder as it was written.
         folder: Its name from now on.
-        keep: Number of newest checkpoints that stay; the latest always does.
+        keep: Number of newest checkpoints that stay; the latest and the best always do.
+        accept_len: Makes it the best, too.
     """
-    shutil.rmtree(folder, ignore_errors=True)  # an attempt that died before moving `latest`
+    if folder.is_dir():  # of an attempt that died before moving `latest`
+        _remove(folder)
     temporary.rename(folder)
     write_atomic(run.latest_checkpoint, folder.name + "\n")
+    if accept_len is not None:
+        write_atomic(run.best_checkpoint, asdict(BestCheckpoint(folder.name, accept_len)))
+    best = BestCheckpoint.read(run)
+    stay = {folder.name, best.checkpoint if best else folder.name}
     numbers = {path: path.name.removeprefix("step_") for path in run.checkpoints.glob("step_*")}
     complete = sorted((int(number), path) for path, number in numbers.items() if number.isdigit())
-    old = [path for _, path in complete[:-keep] if path != folder]
+    old = [path for _, path in complete[:-keep] if path.name not in stay]
     # and what a save that was killed has left
     for path in [*old, *run.checkpoints.glob("step_*.tmp")]:
         _remove(path)
@@ -199,6 +247,17 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     except OSError as error:  # somebody reads it over NFS, say; the new checkpoint is safe
         logger.warning("cannot remove %s: %s", path, error)
+
+
+def _named(file: Path, name: str) -> Path:
+    """The checkpoint that a file beside it names."""
+    folder = file.with_name(name)
+    if not folder.is_dir():
+        raise UserError(
+            f"{file} names {name}, which is not there",
+            hint="write the name of a complete step_<n> folder into it, or remove it",
+        )
+    return folder
 
 
 def _latest_name(run: RunDir) -> str | None:

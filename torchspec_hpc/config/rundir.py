@@ -32,6 +32,7 @@ class RunDir:
         self.tensorboard = self.root / "tensorboard"
         self.checkpoints = self.root / "checkpoints"
         self.latest_checkpoint = self.checkpoints / "latest"  # holds the name of a folder
+        self.best_checkpoint = self.checkpoints / "best"  # likewise, and how good it is
         self.kept_ids = self.root / KEPT_IDS
         self.export = self.root / "export"
         self.evaluation = self.root / "evaluation.json"
