@@ -9,9 +9,10 @@ from torch import Tensor
 
 from torchspec_hpc.drafts.batch import PackedBatch, pack
 from torchspec_hpc.drafts.eagle3.config import Eagle3Config
-from torchspec_hpc.drafts.eagle3.model import Eagle3Draft
-from torchspec_hpc.drafts.eagle3.ttt import Supervision, TTTOutput, supervision
-from torchspec_hpc.drafts.target_head import TargetHead, target_argmax
+from torchspec_hpc.drafts.eagle3.model import ComputeOptions, Eagle3Draft
+from torchspec_hpc.drafts.eagle3.plan import TTTPlan, make_plan, scored_targets
+from torchspec_hpc.drafts.eagle3.ttt import TTTOutput
+from torchspec_hpc.drafts.target_head import TargetHead
 from torchspec_hpc.target.weights import TargetTensors
 
 THETA = 10000.0
@@ -61,18 +62,21 @@ class Case:
             torch.randn(shape, generator=g, dtype=torch.float64),
         )
 
-    def supervise(self, batch: PackedBatch, ttt_length: int) -> tuple[Tensor, Supervision]:
-        argmax = target_argmax(self.head, batch.last)
-        return argmax, supervision(batch, argmax, self.draft.t2d, ttt_length)
+    def plan(self, batch: PackedBatch, ttt_length: int) -> TTTPlan:
+        if self.draft.t2d is None:
+            return make_plan(batch, ttt_length)
+        choices = self.head.argmax(batch.last[scored_targets(batch)])
+        return make_plan(batch, ttt_length, self.draft.t2d[choices])
 
     def run(
         self, documents: list[Document], weights: Tensor, num_trained: Tensor | None = None
     ) -> TTTOutput:
         batch = pack(documents)
-        argmax, supervised = self.supervise(batch, len(weights))
+        plan = self.plan(batch, len(weights))
         if num_trained is None:
-            num_trained = supervised.trained.sum(1)
-        output: TTTOutput = self.draft(batch, self.head, argmax, supervised, num_trained, weights)
+            num_trained = plan.trained
+        head = self.head.rows(self.draft.kept_ids)
+        output: TTTOutput = self.draft(batch, head, plan, num_trained, weights)
         return output
 
     def gradients(self) -> dict[str, Tensor]:
@@ -85,7 +89,13 @@ class Case:
         return found
 
 
-def make_case(*, pruned: bool, seed: int = 0, dtype: torch.dtype = torch.float64) -> Case:
+def make_case(
+    *,
+    pruned: bool,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
+    options: ComputeOptions = ComputeOptions(),
+) -> Case:
     generator = torch.Generator().manual_seed(seed)
     config = make_config(draft_vocab=25 if pruned else 40)
     v, h = config.vocab_size, config.hidden_size
@@ -95,7 +105,7 @@ def make_case(*, pruned: bool, seed: int = 0, dtype: torch.dtype = torch.float64
 
     tensors = TargetTensors(normal(v, h), 1 + 0.1 * normal(h), 0.3 * normal(v, h))
     kept = torch.randperm(v, generator=generator)[:25].sort().values if pruned else None
-    draft = Eagle3Draft(config, tensors.embedding, kept).to(dtype)
+    draft = Eagle3Draft(config, tensors.embedding, kept, options).to(dtype)
     draft.initialize(tensors, seed)
     with torch.no_grad():  # away from the small initial weights, where much cancels
         for parameter in draft.parameters():

@@ -53,7 +53,7 @@ def test_bfloat16_products_keep_a_float32_loss() -> None:
     documents = [plain.document(n) for n in (9, 2, 14)]
     exact = plain.run([(i, m, s.float()) for i, m, s in documents], WEIGHTS)
     rounded = wrapped.run([(i, m, s.bfloat16()) for i, m, s in documents], WEIGHTS)
-    assert rounded.loss.dtype == rounded.loss_sums.dtype == torch.float32
+    assert rounded.loss.dtype == rounded.loss_sums.dtype == torch.float64
     torch.testing.assert_close(rounded.loss, exact.loss, rtol=0.02, atol=0)
     rounded.loss.backward()
     exact.loss.backward()

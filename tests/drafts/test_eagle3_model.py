@@ -52,8 +52,9 @@ def test_matches_the_naive_form(pruned: bool, ttt_length: int, lengths: tuple[in
     expected = run_naive(case, documents, weights)
     expected.loss.backward()
 
-    assert output.scored.tolist() == expected.scored
-    assert output.trained.tolist() == expected.trained
+    plan = case.plan(pack(documents), len(weights))
+    assert plan.scored.tolist() == expected.scored
+    assert plan.trained.tolist() == expected.trained
     assert output.correct.tolist() == expected.correct
     assert sum(expected.trained) > 0
     if pruned:
@@ -81,8 +82,8 @@ def test_nothing_supervised_gives_zero_gradients_to_all(lengths: tuple[int, ...]
     case = make_case(pruned=False)
     output = case.run([case.document(n, supervised=0.0) for n in lengths], decay(4))
     assert output.loss.item() == 0.0
-    assert output.scored.sum() == 0
-    assert accept_len(output.correct, output.scored) == 1.0
+    assert output.correct.sum() == 0
+    assert accept_len(output.correct, torch.zeros(4)) == 1.0
     output.loss.backward()
     for name, gradient in case.gradients().items():  # asserts that it is there
         assert not gradient.any(), name
@@ -95,7 +96,7 @@ def test_gradient_does_not_depend_on_the_cut_into_micro_batches(pruned: bool) ->
     cuts = [[[a, b, c, d]], [[a], [b], [c], [d]], [[d, a], [c, b]], [[c], [b, d, a]]]
     results = []
     for cut in cuts:
-        counts = [case.supervise(pack(part), 5)[1].trained.sum(1) for part in cut]
+        counts = [case.plan(pack(part), 5).trained for part in cut]
         outputs = [case.run(part, decay(5), torch.stack(counts).sum(0)) for part in cut]
         loss = sum(output.loss for output in outputs)
         loss.backward()
@@ -119,12 +120,11 @@ def test_what_a_prediction_may_read() -> None:
     batch.aux.requires_grad_()
     case.draft.embedding.requires_grad_()
     for step in range(4):
-        argmax, supervised = case.supervise(batch, 4)
+        plan = case.plan(batch, 4)
         weights = torch.zeros(4, dtype=torch.float64)
         weights[step] = 1
-        counts = supervised.trained.sum(1)
-        assert counts.tolist() == [1, 1, 1, 1]
-        case.draft(batch, case.head, argmax, supervised, counts, weights).loss.backward()
+        assert plan.trained.tolist() == [1, 1, 1, 1]
+        case.draft(batch, case.head, plan, plan.trained, weights).loss.backward()
         read_states = batch.aux.grad.abs().sum(1).nonzero()[:, 0] - 5
         read_tokens = case.draft.embedding.grad.abs().sum(1).nonzero()[:, 0]
         assert read_states.tolist() == list(range(m - 2 - step + 1))
@@ -138,10 +138,13 @@ def test_computes_only_rows_that_a_later_step_trains() -> None:
     mask[:] = False
     mask[20:24] = True
     batch = pack([(ids, mask, states)])
-    _, supervised = case.supervise(batch, 3)
-    rows = [r.tolist() for r, _ in case.draft._unroll(batch, supervised.trained)]
+    plan = case.plan(batch, 3)
+    rows = [step.index[step.order].tolist() for step in plan.steps]
     # x_20..x_23 are predicted at 18..21, 17..20 and 16..19
     assert rows == [list(range(16, 22)), list(range(16, 21)), list(range(16, 20))]
+    states = [len(state) for state in case.draft._unroll(batch, plan)]
+    assert states == [len(step) for step in rows]
+    assert plan.num_states == 15
 
 
 def test_learns_one_sequence_by_heart() -> None:
@@ -157,8 +160,9 @@ def test_learns_one_sequence_by_heart() -> None:
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
-    assert output.trained.tolist() == output.scored.tolist() == [10, 9, 8]
-    assert accept_len(output.correct, output.scored) > 3.9  # of 4
+    plan = case.plan(pack([(ids, mask, states)]), 3)
+    assert plan.trained.tolist() == plan.scored.tolist() == [10, 9, 8]
+    assert accept_len(output.correct, plan.scored) > 3.9  # of 4
 
 
 def test_state_dict_holds_the_exported_parameters_only() -> None:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from torchspec_hpc.drafts.norm import rms_norm
 
-#: Rows per matrix product where all rows' logits at once would be too large.
-ROWS_PER_CHUNK = 1024
+#: Bytes of logits in float32 that a matrix product may make at once.
+CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 2**30}
 
 
 class TargetHead(nn.Module):
@@ -30,36 +30,31 @@ class TargetHead(nn.Module):
         self.register_buffer("lm_head", lm_head.detach(), persistent=False)
         self.eps = eps
 
-    def forward(self, y: Tensor, kept_ids: Tensor | None = None) -> Tensor:
-        """Returns the target's logits.
+    def rows(self, kept_ids: Tensor | None) -> TargetHead:
+        """The head of a pruned vocabulary.
 
         Args:
-            y: [N, H], output of the last layer before the final norm.
-            kept_ids: Ids to compute logits for; None: all.
-
-        Returns:
-            [N, V] or [N, len(kept_ids)], float32 (float64 if the head is).
+            kept_ids: Ids to compute logits for; None: all, which is this head itself.
         """
-        rows = self.lm_head if kept_ids is None else self.lm_head.index_select(0, kept_ids)
-        logits = F.linear(rms_norm(y, self.norm, self.eps).to(rows.dtype), rows)
-        return logits.to(torch.promote_types(rows.dtype, torch.float32))
+        if kept_ids is None:
+            return self
+        return TargetHead(self.norm, self.lm_head.index_select(0, kept_ids), self.eps)
 
+    @torch.no_grad()
+    def logits(self, y: Tensor) -> Tensor:
+        """Returns the target's logits [n, V] in the head's type.
 
-@torch.no_grad()
-def target_argmax(head: TargetHead, last: Tensor, needed: Tensor | None = None) -> Tensor:
-    """Returns the target's most probable next token at each position.
+        Args:
+            y: [n, H], output of the last layer before the final norm.
+        """
+        return F.linear(rms_norm(y, self.norm, self.eps).to(self.lm_head.dtype), self.lm_head)
 
-    Args:
-        head: The target's head.
-        last: [N, H], pre-norm output of the last layer.
-        needed: [N] bool, rows to compute; None: all. The head costs as much as several
-            layers, so leave out what nobody reads: see ``scored_rows``.
+    def argmax(self, y: Tensor) -> Tensor:
+        """Returns the most probable next tokens, [n] int64.
 
-    Returns:
-        [N] int64 over the full vocabulary; 0 in rows that are not needed.
-    """
-    argmax = torch.zeros(last.shape[0], dtype=torch.int64, device=last.device)
-    rows = torch.ones_like(argmax) if needed is None else needed
-    for chunk in torch.split(rows.nonzero()[:, 0], ROWS_PER_CHUNK):
-        argmax[chunk] = head(last.index_select(0, chunk)).argmax(-1)
-    return argmax
+        Args:
+            y: [n, H], as for :meth:`logits`.  The head costs as much as several layers of a
+                draft: leave out what nobody reads.
+        """
+        chunk = max(1, CHUNK_BYTES[y.device.type] // (4 * self.lm_head.shape[0]))
+        return torch.cat([self.logits(part).argmax(-1) for part in y.split(chunk)])

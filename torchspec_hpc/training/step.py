@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,9 +13,11 @@ from torch.distributed.tensor import DTensor
 
 from torchspec_hpc.config.schema import TrainingConfig
 from torchspec_hpc.drafts.batch import PackedBatch
+from torchspec_hpc.drafts.eagle3.flops import step_flops
 from torchspec_hpc.drafts.eagle3.model import Eagle3Draft
-from torchspec_hpc.drafts.eagle3.ttt import Supervision, TTTOutput, scored_rows, supervision
-from torchspec_hpc.drafts.target_head import TargetHead, target_argmax
+from torchspec_hpc.drafts.eagle3.plan import TTTPlan, make_plan, scored_targets
+from torchspec_hpc.drafts.eagle3.ttt import TTTOutput
+from torchspec_hpc.drafts.target_head import TargetHead
 from torchspec_hpc.training.parallel import World, sum_over_ranks
 
 
@@ -56,8 +59,8 @@ def step_weights(config: TrainingConfig) -> list[float]:
 class Eagle3Step:
     """Forward, backward and update, token-weighted over the whole optimizer step.
 
-    The gradient is that of ``sum_i w_i * loss_i / (trained positions of step i)`` with
-    the positions counted over all micro-batches of all ranks, so it does not
+    The gradient is that of ``sum_i w_i * loss_i / (trained predictions of step i)`` with
+    the predictions counted over all micro-batches of all ranks, so it does not
     depend on how samples were cut into micro-batches or spread over ranks.
 
     Args:
@@ -79,6 +82,7 @@ class Eagle3Step:
         assert isinstance(draft, FSDPModule)
         self._draft, self._sharded = draft, draft
         self._head, self._optimizer, self._world = head, optimizer, world
+        self._draft_head = head.rows(draft.kept_ids)
         self._dtype = getattr(torch, config.compute_dtype)
         self._ttt_length, self._max_grad_norm = config.ttt_length, config.max_grad_norm
         self._weights = torch.tensor(step_weights(config), device=world.device)
@@ -91,31 +95,38 @@ class Eagle3Step:
                 them, and all ranks abandon the step.
             flag: Any rank's flag becomes every rank's ``flagged``; it rides an all-reduce.
         """
-        choices = [self._choices(self._on_device(batch)) for batch in batches or ()]
-        trained = torch.zeros_like(self._weights, dtype=torch.int64)
-        for _, supervised in choices:
-            trained += supervised.trained.sum(1)
-        mine = trained.new_tensor([flag, batches is None])
-        shared = sum_over_ranks(torch.cat([trained, mine]))
+        start = time.monotonic()
+        plans = [self._plan(batch) for batch in batches or ()]
+        trained = sum((plan.trained for plan in plans), torch.zeros(self._ttt_length, dtype=torch.int64))
+        mine = torch.cat([trained, torch.tensor([flag, batches is None])])
+        shared = sum_over_ranks(mine.to(self._world.device))
         num_trained, (flagged, abandoned) = shared[:-2], (shared[-2:] > 0).tolist()
-        sums = self._no_sums()
         if abandoned or batches is None:
-            return StepResult(sums, 0.0, applied=False, flagged=True, abandoned=True)
-        for index, (batch, (argmax, supervised)) in enumerate(zip(batches, choices, strict=True)):
+            return StepResult(self._no_sums(), 0.0, applied=False, flagged=True, abandoned=True)
+        sums = self._no_sums()
+        for index, (batch, plan) in enumerate(zip(batches, plans, strict=True)):
             self._sharded.set_requires_gradient_sync(index == len(batches) - 1)
-            # moved once more: the device holds the hidden states of one micro-batch at a time
-            output: TTTOutput = self._draft(
-                self._on_device(batch), self._head, argmax, supervised, num_trained, self._weights
-            )
+            output = self._forward(batch, plan, num_trained)
             # FSDP averages gradients over ranks; the loss is a sum over them
             (output.loss * self._world.size).backward()  # type: ignore[no-untyped-call]
-            sums += _sums(output)
+            sums += self._sums(output, plan)
         grad_norm = self._clip()
+        computed = time.monotonic()
         applied = grad_norm < float("inf")  # False for nan too
         if applied:
             self._optimizer.step()
         self._optimizer.zero_grad()
-        return StepResult(sums, grad_norm, applied, flagged)
+        return StepResult(
+            sums,
+            grad_norm,
+            applied,
+            flagged,
+            flops=sum(step_flops(self._draft.config, plan) for plan in plans),
+            rows_computed=sum(plan.num_states for plan in plans),
+            rows_total=self._ttt_length * sum(batch.num_tokens for batch in batches),
+            compute_s=computed - start,
+            optimizer_s=time.monotonic() - computed,
+        )
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[PackedBatch]) -> Tensor:
@@ -128,32 +139,41 @@ class Eagle3Step:
             ``[4, K]`` float64, of this rank; see :class:`StepResult`.
         """
         sums = self._no_sums()
-        for batch in map(self._on_device, batches):
-            argmax, supervised = self._choices(batch)
-            trained = supervised.trained.sum(1)
-            sums += _sums(
-                self._draft(batch, self._head, argmax, supervised, trained, self._weights)
-            )
+        for batch in batches:
+            plan = self._plan(batch)
+            # each micro-batch's own mean: only the sums are looked at
+            sums += self._sums(self._forward(batch, plan, plan.trained.to(sums.device)), plan)
         self._sharded.reshard()  # the last forward left the parameters whole
         return sums
 
-    def _on_device(self, batch: PackedBatch) -> PackedBatch:
-        return batch.to(self._world.device, self._dtype)
+    def _forward(self, batch: PackedBatch, plan: TTTPlan, num_trained: Tensor) -> TTTOutput:
+        # the device holds the hidden states of one micro-batch at a time
+        output: TTTOutput = self._draft(
+            batch.to(self._world.device, self._dtype),
+            self._draft_head,
+            plan,
+            num_trained,
+            self._weights,
+        )
+        return output
 
-    @torch.no_grad()
-    def _choices(self, batch: PackedBatch) -> tuple[Tensor, Supervision]:
-        """The target's choices [N], and which predictions count."""
-        argmax = target_argmax(self._head, batch.last, scored_rows(batch))
-        return argmax, supervision(batch, argmax, self._draft.t2d, self._ttt_length)
+    def _plan(self, batch: PackedBatch) -> TTTPlan:
+        """Which predictions count; for a pruned vocabulary that takes the target's choices."""
+        kept = self._draft.t2d
+        if kept is None:
+            return make_plan(batch, self._ttt_length)
+        rows = batch.last.index_select(0, scored_targets(batch))
+        choices = self._head.argmax(rows.to(self._world.device, self._dtype, non_blocking=True))
+        return make_plan(batch, self._ttt_length, kept[choices].cpu())
 
     def _no_sums(self) -> Tensor:
         return torch.zeros(4, len(self._weights), dtype=torch.float64, device=self._world.device)
+
+    def _sums(self, output: TTTOutput, plan: TTTPlan) -> Tensor:
+        counts = torch.stack([plan.scored, plan.trained]).to(self._world.device, torch.float64)
+        return torch.cat([torch.stack([output.loss_sums, output.correct.double()]), counts])
 
     def _clip(self) -> float:
         norm = nn.utils.clip_grad_norm_(self._draft.parameters(), self._max_grad_norm)
         assert isinstance(norm, DTensor)
         return float(norm.full_tensor())  # over the shards of all ranks
-
-
-def _sums(output: TTTOutput) -> Tensor:
-    return torch.stack([output.loss_sums, output.correct, output.scored, output.trained])

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from torchspec_hpc.drafts.batch import PackedBatch
-from torchspec_hpc.drafts.eagle3.attention import KeyValue, ttt_attention
+from torchspec_hpc.drafts.compiling import fused
+from torchspec_hpc.drafts.eagle3.attention import Backend, KeyValue, Layout, ttt_attention
 from torchspec_hpc.drafts.eagle3.config import Eagle3Config
-from torchspec_hpc.drafts.eagle3.ttt import (
-    Supervision,
-    TargetDistributions,
-    TTTOutput,
-    soft_cross_entropy,
-)
-from torchspec_hpc.drafts.norm import RMSNorm
+from torchspec_hpc.drafts.eagle3.plan import TTTPlan
+from torchspec_hpc.drafts.eagle3.ttt import TTTOutput
+from torchspec_hpc.drafts.fused_loss import Targets, fused_loss
+from torchspec_hpc.drafts.losses import FORWARD_KL, LossMix
+from torchspec_hpc.drafts.norm import RMSNorm, rms_norm
 from torchspec_hpc.drafts.rope import RotaryEmbedding, rotate
 from torchspec_hpc.drafts.target_head import TargetHead
 
@@ -29,29 +30,36 @@ CosSin = tuple[Tensor, Tensor]
 INIT_STD = 0.02
 
 
+@dataclass(frozen=True)
+class ComputeOptions:
+    """How the training step is computed; none of it changes what is computed.
+
+    Attributes:
+        attention_backend: See :func:`~torchspec_hpc.drafts.eagle3.attention.ttt_attention`.
+        loss: What is minimised (this one does change it).
+        gradient_checkpointing: Keep a TTT step's input only, and compute the rest again.
+        compiled: Fuse elementwise work with torch.compile.
+        loss_chunk_bytes: See :func:`~torchspec_hpc.drafts.fused_loss.fused_loss`.
+    """
+
+    attention_backend: Backend = "auto"
+    loss: LossMix = FORWARD_KL
+    gradient_checkpointing: bool = False
+    compiled: bool = False
+    loss_chunk_bytes: int | None = None
+
+
 class Attention(nn.Module):
     """Projections of the draft's attention; queries, keys and values come from 2H."""
 
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
         q_width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(2 * config.hidden_size, q_width, bias=False)
         self.k_proj = nn.Linear(2 * config.hidden_size, kv_width, bias=False)
         self.v_proj = nn.Linear(2 * config.hidden_size, kv_width, bias=False)
         self.o_proj = nn.Linear(q_width, config.hidden_size, bias=False)
-
-    def queries(self, z: Tensor, cos_sin: CosSin) -> Tensor:
-        """[N, 2H] to [N, heads, head_dim]."""
-        return rotate(self._heads(self.q_proj(z)), cos_sin)
-
-    def keys_values(self, z: Tensor, cos_sin: CosSin) -> KeyValue:
-        """[N, 2H] to two of [N, kv_heads, head_dim]."""
-        return rotate(self._heads(self.k_proj(z)), cos_sin), self._heads(self.v_proj(z))
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.view(x.shape[0], x.shape[1] // self.head_dim, self.head_dim)
 
 
 class MLP(nn.Module):
@@ -63,14 +71,13 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, H] to [N, H]."""
-        down: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-        return down
-
 
 class MidLayer(nn.Module):
-    """The draft's decoder layer: reads embedding and hidden state, adds to the hidden state."""
+    """The draft's decoder layer: reads embedding and hidden state, adds to the hidden state.
+
+    The attention's input is ``[embedding; hidden]``, so each projection is a sum of two, and the
+    one that reads the embedding is the same for a token in whatever TTT step it is read.
+    """
 
     def __init__(self, config: Eagle3Config) -> None:
         super().__init__()
@@ -80,15 +87,70 @@ class MidLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def attention_input(self, embeds: Tensor, hidden: Tensor) -> Tensor:
-        """[N, H] and [N, H] to [N, 2H], embedding first."""
-        return torch.cat([self.input_layernorm(embeds), self.hidden_norm(hidden)], dim=-1)
+    def projections(self) -> tuple[Tensor, Tensor]:
+        """Weights of queries, keys and values, [heads and twice kv_heads, H] each.
 
-    def output(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """Adds what attention read [N, heads * head_dim] and the MLP to ``hidden`` [N, H]."""
-        hidden = hidden + self.self_attn.o_proj(attended)
-        updated: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
-        return updated
+        Returns:
+            Those that read the embedding, and those that read the hidden state.
+        """
+        parts = (self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj)
+        for_embeds, for_hidden = torch.cat([part.weight for part in parts]).chunk(2, dim=1)
+        return for_embeds, for_hidden
+
+    def output(self, hidden: Tensor, attended: Tensor, compiled: bool) -> Tensor:
+        """Adds what attention read [R, heads * head_dim] and the MLP to ``hidden`` [R, H]."""
+        norm, mlp = self.post_attention_layernorm, self.mlp
+        weights = (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
+        function = fused(_output, compiled)
+        return function(
+            hidden, attended, self.self_attn.o_proj.weight, norm.weight, norm.eps, *weights
+        )
+
+
+def _project(
+    embeds: Tensor,
+    tokens: Tensor,
+    hidden: Tensor,
+    norm: Tensor,
+    eps: float,
+    weight: Tensor,
+    cos_sin: CosSin,
+    num_plain: int,
+) -> tuple[Tensor, Tensor]:
+    """Projects embeddings and hidden states to heads and rotates all but the last ones.
+
+    Args:
+        embeds: [N, width], projected embeddings of all tokens.
+        tokens: [R], the one that each row reads.
+        hidden: [R, H].
+        norm: [H], weight of the hidden states' norm.
+        eps: Of the norm.
+        weight: [width, H].
+        cos_sin: [R, head_dim] each.
+        num_plain: Heads that are not rotated: the values.
+
+    Returns:
+        [R, *, head_dim] each: rotated heads, and the others.
+    """
+    x = embeds.index_select(0, tokens) + F.linear(rms_norm(hidden, norm, eps), weight)
+    x = x.unflatten(1, (-1, cos_sin[0].shape[1]))
+    num_rotated = x.shape[1] - num_plain
+    return rotate(x[:, :num_rotated], cos_sin), x[:, num_rotated:]
+
+
+def _output(
+    hidden: Tensor,
+    attended: Tensor,
+    o_proj: Tensor,
+    norm: Tensor,
+    eps: float,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+) -> Tensor:
+    hidden = hidden + F.linear(attended, o_proj)
+    x = rms_norm(hidden, norm, eps)
+    return hidden + F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 
 class Eagle3Draft(nn.Module):
@@ -104,18 +166,24 @@ class Eagle3Draft(nn.Module):
         embedding: [V, H], the target's; frozen, not in the state dict.
         kept_ids: [V_draft] int64, ascending target ids of the draft's vocabulary; None if
             that is the target's vocabulary.
+        options: How the training step is computed.
     """
 
     embedding: Tensor
     kept_ids: Tensor | None
     t2d: Tensor | None
     d2t: Tensor | None
+    draft_ids: Tensor | None
 
     def __init__(
-        self, config: Eagle3Config, embedding: Tensor, kept_ids: Tensor | None = None
+        self,
+        config: Eagle3Config,
+        embedding: Tensor,
+        kept_ids: Tensor | None = None,
+        options: ComputeOptions = ComputeOptions(),
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.options = config, options
         hidden = config.hidden_size
         self.fc = nn.Linear(len(config.aux_layers) * hidden, hidden, bias=False)
         self.midlayer = MidLayer(config)
@@ -130,7 +198,7 @@ class Eagle3Draft(nn.Module):
         vocab, draft_vocab = self.config.vocab_size, self.config.draft_vocab_size
         if embedding.shape != (vocab, self.config.hidden_size):
             raise ValueError(f"embedding is {tuple(embedding.shape)}, the draft is {self.config}")
-        t2d = d2t = None
+        t2d = d2t = draft_ids = None
         if kept_ids is None:
             if draft_vocab != vocab:
                 raise ValueError(f"a draft vocabulary of {draft_vocab} of {vocab} needs kept_ids")
@@ -140,10 +208,12 @@ class Eagle3Draft(nn.Module):
                 raise ValueError(f"kept_ids must be {draft_vocab} different ids, ascending")
             t2d = torch.zeros(vocab, dtype=torch.bool).index_fill(0, kept_ids, True)
             d2t = kept_ids - torch.arange(draft_vocab)
+            draft_ids = torch.full((vocab,), -1).index_copy_(0, kept_ids, torch.arange(draft_vocab))
         self.register_buffer("embedding", embedding, persistent=False)
         self.register_buffer("kept_ids", kept_ids, persistent=False)
         self.register_buffer("t2d", t2d, persistent=False)  # [V] bool: is kept
         self.register_buffer("d2t", d2t, persistent=False)  # [V_draft]: target id - draft id
+        self.register_buffer("draft_ids", draft_ids, persistent=False)  # [V], -1: not kept
 
     @torch.no_grad()
     def initialize(self, target: TargetTensors, seed: int) -> None:
@@ -168,8 +238,7 @@ class Eagle3Draft(nn.Module):
         self,
         batch: PackedBatch,
         head: TargetHead,
-        argmax: Tensor,
-        supervision: Supervision,
+        plan: TTTPlan,
         num_trained: Tensor,
         step_weights: Tensor,
     ) -> TTTOutput:
@@ -177,72 +246,125 @@ class Eagle3Draft(nn.Module):
 
         Args:
             batch: N tokens.
-            head: The target's head.
-            argmax: [N] int64, the target's choices.
-            supervision: [K, N] each.
-            num_trained: [K] int64, trained positions of the whole optimizer step: all
-                micro-batches of all ranks.
-            step_weights: [K] float32, w.
+            head: The target's norm, and its head's rows of the draft's vocabulary.
+            plan: Of the micro-batch.
+            num_trained: [K], trained predictions of the whole optimizer step: all micro-batches of
+                all ranks.
+            step_weights: [K], w.
 
         Returns:
             ``loss = sum_i w_i * loss_sum_i / num_trained_i``, and what the metrics need.
         """
-        trained = supervision.trained
-        targets = TargetDistributions(head, batch.last, trained, self.kept_ids)
-        loss_sums, correct = [], []
-        for step, (rows, hidden) in enumerate(self._unroll(batch, trained)):
-            here = trained[step, rows]  # the others are computed for a later step
-            rows, logits = rows[here], self.lm_head(self.norm(hidden[here]))
-            loss_sums.append(soft_cross_entropy(logits, targets.at(rows + 1 + step)))
-            # a position that is scored but not trained is a miss: the draft has no such token
-            choice = logits.detach().argmax(-1)
-            choice = choice if self.kept_ids is None else self.kept_ids[choice]
-            correct.append((choice == argmax[rows + 1 + step]).sum())
-        sums = torch.stack(loss_sums)
-        # 0 / 0 counts as 0
-        share = torch.where(num_trained > 0, step_weights / num_trained.clamp(min=1), 0.0)
-        return TTTOutput(
-            loss=(sums * share).sum(),
-            loss_sums=sums.detach(),
-            correct=torch.stack(correct),
-            scored=supervision.scored.sum(1),
-            trained=trained.sum(1),
+        states = self.norm(torch.cat(list(self._unroll(batch, plan))))
+        at = plan.targets.to(states.device)
+        token = batch.input_ids[(at + 1).clamp(max=batch.num_tokens - 1)]
+        targets = Targets(
+            head=head,
+            last=batch.last.index_select(0, at),
+            token=token if self.draft_ids is None else self.draft_ids[token],
+            pairs=plan.pairs.to(states.device),
         )
+        # 0 / 0 counts as 0
+        scale = torch.where(num_trained > 0, step_weights / num_trained.clamp(min=1), 0.0)
+        found = fused_loss(
+            states,
+            self.lm_head.weight,
+            targets,
+            scale,
+            self.options.loss,
+            compiled=self.options.compiled,
+            chunk_bytes=self.options.loss_chunk_bytes,
+        )
+        return TTTOutput(*found)
 
-    def _unroll(self, batch: PackedBatch, trained: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields for each TTT step the positions [R] it computes and their states [R, H].
-
-        From step 1 on, a position's state is read by nobody but the same position in later
-        steps.  So step i computes only the positions that some step >= i trains.  Block 0's
-        keys and values are made for every position.
-        """
-        attention = self.midlayer.self_attn
-        frequencies = self.rope.frequencies(batch.lengths)[batch.document_ids]
+    def _unroll(self, batch: PackedBatch, plan: TTTPlan) -> Iterator[Tensor]:
+        """Yields for each TTT step i the layer's output [R_i, H] at the rows that it computes."""
+        rows = plan.rows.to(batch.input_ids.device)
         positions = batch.position_ids
-        rows = torch.arange(batch.num_tokens, device=positions.device)
-        hidden = self.fc(batch.aux.to(self.fc.weight.dtype))  # g^0
-        block0: KeyValue | None = None
-        own: list[KeyValue] = []
-        for step in range(len(trained)):
-            if block0 is not None:
-                keep = trained[step:].any(0)[rows].nonzero()[:, 0]
-                rows, hidden = rows[keep], hidden.index_select(0, keep)
-                own = [(k.index_select(0, keep), v.index_select(0, keep)) for k, v in own]
-            # x_{t+1+i}: at the last position of a document it belongs to the next one (or is
-            # clamped), but such a row is never trained and no trained row reads its key
-            tokens = batch.input_ids[(rows + 1 + step).clamp(max=batch.num_tokens - 1)]
-            embeds = F.embedding(tokens, self.embedding).to(hidden.dtype)
-            z = self.midlayer.attention_input(embeds, hidden)
-            cos_sin = self.rope.cos_sin(positions[rows] + step, frequencies[rows])
-            keys_values = attention.keys_values(z, cos_sin)
-            if block0 is None:
-                block0 = keys_values
-                keep = trained.any(0).nonzero()[:, 0]
-                rows, hidden, z = rows[keep], hidden.index_select(0, keep), z.index_select(0, keep)
-                cos_sin = (cos_sin[0][keep], cos_sin[1][keep])
+        frequencies = self.rope.frequencies(batch.lengths)[batch.document_ids]
+        for_embeds, for_hidden = self.midlayer.projections()
+        # of each token, whichever step reads it: step i at t reads t + 1 + i
+        embeds = F.embedding(batch.input_ids, self.embedding).to(for_embeds.dtype)
+        embeds = F.linear(self.midlayer.input_layernorm(embeds), for_embeds)
+        hidden = self.fc(batch.aux.to(self.fc.weight.dtype))  # g^0, [N, H]
+
+        num_queries = self.config.num_attention_heads * self.config.head_dim
+        block0 = self._project(
+            embeds[:, num_queries:],
+            # the last position of a document reads the next one's token (the last of all its
+            # own), but no step computes such a row and no row reads its key
+            torch.arange(1, batch.num_tokens + 1, device=rows.device).clamp(max=len(positions) - 1),
+            hidden,
+            for_hidden[num_queries:],
+            self.rope.cos_sin(positions, frequencies),
+        )
+        hidden, frequencies, positions = (
+            x.index_select(0, rows) for x in (hidden, frequencies, positions)
+        )
+        own: list[Tensor] = []
+        for step, here in enumerate(plan.steps):
+            count = len(here.index)
+            layout = Layout(here, rows[:count])
+            cos_sin = self.rope.cos_sin(positions[:count] + step, frequencies[:count])
+            arguments = (embeds, hidden[:count], for_hidden, cos_sin, step, layout, block0, *own)
+            if self.options.gradient_checkpointing and torch.is_grad_enabled():
+                hidden, *new = checkpoint(
+                    self._step, *arguments, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                own.append(keys_values)
-            queries = attention.queries(z, cos_sin)
-            attended = ttt_attention(queries, rows, block0, own, batch.cu_seqlens)
-            hidden = self.midlayer.output(hidden, attended)
-            yield rows, hidden
+                hidden, *new = self._step(*arguments)
+            own += new
+            yield hidden
+
+    def _step(
+        self,
+        embeds: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        cos_sin: CosSin,
+        step: int,
+        layout: Layout,
+        block0: KeyValue,
+        *own: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """One TTT step: the layer's output [R, H], from step 1 on also the rows' keys and values.
+
+        Args:
+            embeds: [N, width], projected embeddings of all tokens.
+            hidden: [R, H], the step before's output.
+            weight: [width, H], projects hidden states.
+            cos_sin: [R, head_dim] each.
+            step: i.
+            layout: Where the R rows stand.
+            block0: Keys and values of all positions.
+            own: Keys and values, in turn, of steps 1..i-1 at the rows they computed.
+        """
+        tokens = layout.index + 1 + step
+        num_queries = self.config.num_attention_heads * self.config.head_dim
+        if step == 0:
+            embeds, weight = embeds[:, :num_queries], weight[:num_queries]
+            queries, _ = self._project(embeds, tokens, hidden, weight, cos_sin, num_plain=0)
+        else:
+            rotated, values = self._project(embeds, tokens, hidden, weight, cos_sin)
+            queries, keys = rotated.split(
+                [self.config.num_attention_heads, self.config.num_key_value_heads], dim=1
+            )
+            own = (*own, keys, values)
+        pairs = list(zip(own[::2], own[1::2], strict=True))
+        attended = ttt_attention(queries, block0, pairs, layout, self.options.attention_backend)
+        return self.midlayer.output(hidden, attended, self.options.compiled), *own[-2:]
+
+    def _project(
+        self,
+        embeds: Tensor,
+        tokens: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        cos_sin: CosSin,
+        num_plain: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        norm = self.midlayer.hidden_norm
+        if num_plain is None:
+            num_plain = self.config.num_key_value_heads
+        function = fused(_project, self.options.compiled)
+        return function(embeds, tokens, hidden, norm.weight, norm.eps, weight, cos_sin, num_plain)
