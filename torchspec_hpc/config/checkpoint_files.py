@@ -37,7 +37,7 @@ class Progress:
 
     Attributes:
         step: Optimizer steps done.
-        cursor: Samples of the stream consumed, over all ranks and epochs.
+        cursor: Packs of the stream consumed, over all ranks and epochs.
         skipped: Steps among them that left the parameters as they were.
     """
 
@@ -86,10 +86,10 @@ class CheckpointMeta:
 
     Attributes:
         step: Optimizer steps done.
-        cursor: Samples of the stream consumed.
+        cursor: Packs of the stream consumed.
         draft: ``{"algorithm", "config", "kept_ids_file"}``.
         target: Path or hub id of the target model.
-        stream: What fixes the order of samples: dataset key, its size, seed, shuffling.
+        stream: What fixes the order of packs: dataset key, its size, seed, shuffling, packing.
         world_size: Trainer ranks that wrote it.
         skipped: Steps that left the parameters as they were.
         versions: Versions of this package and of torch.

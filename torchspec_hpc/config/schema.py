@@ -81,9 +81,21 @@ class TrainingConfig(Section):
     num_train_steps: int | None = Field(
         None, ge=1, description="Optimizer steps; null: num_epochs over the data."
     )
-    micro_batch_size: int = Field(1, ge=1, description="Samples per rank and micro-batch.")
-    draft_accumulation_steps: int = Field(1, ge=1, description="Micro-batches per step.")
-    max_seq_length: int = Field(2048, ge=4, description="Tokens; longer samples are truncated.")
+    micro_batch_tokens: int | None = Field(
+        None,
+        ge=4,
+        description="Most tokens of a rank's micro-batch, which samples fill one after the other;"
+        " null: max_seq_length, or what micro_batch_size says.",
+    )
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="Samples of a micro-batch instead; null: micro_batch_tokens counts."
+    )
+    draft_accumulation_steps: int = Field(1, ge=1, description="Micro-batches per rank and step.")
+    max_seq_length: int = Field(
+        2048,
+        ge=4,
+        description="Tokens; longer samples keep their beginning and are counted as truncated.",
+    )
     ttt_length: int = Field(7, ge=1, description="Steps of the training-time test, K.")
     ttt_loss_decay: float = Field(0.8, gt=0, le=1, description="Weight of TTT step i is decay^i.")
     learning_rate: float = Field(1e-4, gt=0, description="AdamW's, at its peak.")
@@ -116,8 +128,20 @@ class TrainingConfig(Section):
     distributed_timeout_minutes: int = Field(30, ge=1, description="Of a collective, minutes.")
     num_threads: int | None = Field(None, ge=1, description="CPU threads a process; null: torch's.")
 
+    @property
+    def pack_tokens(self) -> int | None:
+        """Most tokens of a micro-batch; None: ``micro_batch_size`` counts its samples."""
+        if self.micro_batch_size is not None:
+            return None
+        return self.micro_batch_tokens or self.max_seq_length
+
     @model_validator(mode="after")
     def _fits(self) -> TrainingConfig:
+        if self.micro_batch_tokens is not None and self.micro_batch_size is not None:
+            raise ValueError(
+                f"micro_batch_tokens = {self.micro_batch_tokens} and micro_batch_size = "
+                f"{self.micro_batch_size} are both given; allowed: one of them"
+            )
         if self.continual_training and self.load_path is None:
             raise ValueError(
                 "continual_training = true needs load_path; "
