@@ -69,9 +69,7 @@ def build_trainer(
     draft, head, description = build_draft(config, world, spec, aux_layers, kept_ids)
     meta = _describe(config, world, dataset, description)
     optimizer = build_optimizer(draft, settings)
-    checkpointer = Checkpointer(
-        run, world, draft, optimizer, meta, seed=settings.seed, keep=settings.max_checkpoints
-    )
+    checkpointer = Checkpointer(run, world, draft, optimizer, meta, settings)
     seed_rank(settings.seed, 0, world.rank)
     progress = _load(config, run, checkpointer)
     sampler = Sampler(dataset.lengths, settings, config.dataset.shuffle_dataset)

@@ -76,6 +76,7 @@ class Trainer:
         self._meter = Meter(world, step_weights(config.training))
         self._metrics: MetricsWriter | None = None
         self._skipped = SkippedSteps()
+        self._accept_len: float | None = None  # of this step's evaluation, if there was one
 
     def run(self) -> int:
         """Trains.
@@ -85,6 +86,7 @@ class Trainer:
 
         Raises:
             TorchspecError: The gradient was not finite for too many steps in a row.
+            CheckpointError: A checkpoint could not be written.
         """
         with ExitStack() as stack:
             if self._world.is_main:
@@ -96,14 +98,18 @@ class Trainer:
                     )
                 )
             while self._progress.step < self._num_steps:
+                self._checkpointer.check()
                 before = self._progress
                 stop = self._train_one_step()
                 finished = self._progress.step == self._num_steps
-                if stop or finished or self._checkpoint_is_due(before):
-                    self._checkpointer.save(self._progress)
+                best_len = self._new_best()
+                if stop or finished or best_len or self._checkpoint_is_due(before):
+                    self._checkpointer.save(self._progress, best_len)
                 if stop and not finished:
+                    self._checkpointer.wait()
                     logger.info("stopped at step %d, as asked", self._progress.step)
                     return EXIT_REQUEUE
+            self._checkpointer.wait()
         if self._world.is_main:
             write_atomic(self._run.done, {"step": self._num_steps, "time": time.time()})
         logger.info("done after %d steps", self._num_steps)
@@ -112,6 +118,7 @@ class Trainer:
     def _train_one_step(self) -> bool:
         """Trains one optimizer step; returns whether the run was asked to stop."""
         start, before = time.monotonic(), self._feed.stats()
+        self._accept_len = None
         try:
             data = self._batches.next_step(give_up=self._run.stop.exists)
         except GaveUp as gave_up:  # a late engine must not keep us from a checkpoint
@@ -131,9 +138,15 @@ class Trainer:
         values = self._meter.measure(result, costs)
         if self._evaluation is not None and self._evaluation_is_due():
             values |= self._meter.evaluate(self._step.evaluate(self._evaluation.batches()))
+            self._accept_len = values["eval/accept_len"]
         if self._metrics is not None:
             self._report(values | {"train/lr": learning_rate})
         return result.flagged
+
+    def _new_best(self) -> float | None:
+        """Acceptance length of this step's evaluation, if it is the best of the run so far."""
+        found = self._accept_len
+        return found if found and found > self._checkpointer.best_accept_len else None
 
     def _evaluation_is_due(self) -> bool:
         step = self._progress.step
