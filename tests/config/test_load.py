@@ -86,7 +86,8 @@ def test_on_is_a_string_not_true(minimal: Path) -> None:
         ("run_name=a/b", "pattern"),
         ("inference.inference_num_gpus_per_engine=2", "no multiple of"),
         ("training.seed={", "not valid YAML"),
-        ("logging.report_to=wandb", "report_to has ['wandb']; allowed: ['none', 'tensorboard']"),
+        ("logging.report_to=swan", "report_to has ['swan']; allowed: ['none', 'ten"),
+        ("logging.report_to=[none, wandb]", "['none', 'wandb']: none excludes the others"),
         ("slurm.time=1h", "slurm.time: '1h' is no time of Slurm's; allowed: minutes, MM:SS"),
     ],
 )

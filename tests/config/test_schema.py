@@ -86,6 +86,29 @@ def test_a_floor_above_the_peak() -> None:
 
 
 @pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"lr_wsd_decay_ratio": 0.3},
+            "lr_wsd_decay_ratio = 0.3 has no effect with lr_decay_style = cosine; set that to WSD",
+        ),
+        (
+            {"lr_decay_style": "linear", "lr_wsd_decay_style": "linear"},
+            "lr_wsd_decay_style = linear has no effect .* or lr_wsd_decay_style to null",
+        ),
+        (
+            {"lr_decay_style": "WSD", "warmup_ratio": 0.9},
+            "warmup_ratio = 0.9 and lr_wsd_decay_ratio = 0.2 are more than the whole schedule",
+        ),
+        ({"lr_decay_style": "WSD", "lr_wsd_decay_ratio": 0.0}, "greater than 0"),
+        ({"lr_decay_style": "wsd"}, "'inverse-square-root' or 'WSD'"),
+    ],
+)
+def test_schedules_that_make_no_sense(values: dict[str, Any], message: str) -> None:
+    refuse(TrainingConfig, values, message)
+
+
+@pytest.mark.parametrize(
     ("text", "seconds"),
     [
         ("90", 5400),

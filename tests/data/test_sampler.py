@@ -1,70 +1,112 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.training.tiny import training_config
 from torchspec_hpc.data.sampler import Sampler, positions_of
+from torchspec_hpc.errors import ConfigError
 
-samplers = st.builds(Sampler, st.integers(1, 40), seed=st.integers(0, 2**63), shuffle=st.booleans())
 small = st.integers(1, 5)
+packings = st.one_of(
+    st.builds(lambda n: {"micro_batch_tokens": n}, st.integers(20, 60)),
+    st.builds(lambda n: {"micro_batch_size": n}, st.integers(1, 4)),
+)
 #: Of ten samples, seed 1234, two epochs.
 ORDER = [5, 6, 3, 9, 7, 4, 1, 2, 8, 0, 9, 2, 0, 7, 6, 1, 8, 4, 5, 3]
+#: Of ten samples of 1 to 10 tokens in packs of 16, seed 1234, one epoch.
+PACKS = [[3, 1, 0], [5, 9], [7, 4, 2], [6, 8]]
 
 
-@given(samplers, st.integers(0, 1000))
-def test_an_epoch_takes_every_sample_once(sampler: Sampler, epoch: int) -> None:
-    start = epoch * sampler.num_samples
-    indices = [sampler.index_at(start + i) for i in range(sampler.num_samples)]
-    assert sorted(indices) == list(range(sampler.num_samples))
-    if not sampler.shuffle:
+def make(lengths, seed=0, shuffle=True, **packing: object) -> Sampler:
+    return Sampler(np.array(lengths), training_config(seed=seed, **packing), shuffle)
+
+
+samplers = st.builds(
+    lambda lengths, seed, shuffle, packing: make(lengths, seed, shuffle, **packing),
+    st.lists(st.integers(1, 20), min_size=1, max_size=30),
+    st.integers(0, 2**63),
+    st.booleans(),
+    packings,
+)
+
+
+def flat(sampler: Sampler, start: int, end: int) -> list[int]:
+    return [int(i) for at in range(start, end) for i in sampler.samples_at(at)]
+
+
+@given(samplers, st.integers(0, 20))
+def test_an_epoch_takes_every_sample_once(sampler: Sampler, epoch: int):
+    start, end = sampler.end_of(epoch), sampler.end_of(epoch + 1)
+    indices = flat(sampler, start, end)
+    assert sorted(indices) == list(range(len(sampler._lengths)))
+    if not sampler._shuffle:
         assert indices == sorted(indices)
+    for at in range(start, end):
+        assert 0 < sampler._lengths[sampler.samples_at(at)].sum() <= sampler.longest_pack
 
 
-@given(samplers, st.integers(0, 200))
-def test_resuming_gives_the_rest_of_an_uninterrupted_run(sampler: Sampler, cursor: int) -> None:
-    whole = [sampler.index_at(i) for i in range(cursor + 50)]
-    resumed = Sampler(sampler.num_samples, sampler.seed, sampler.shuffle)
-    assert [resumed.index_at(i) for i in range(cursor, cursor + 50)] == whole[cursor:]
+@given(samplers, st.integers(0, 100))
+def test_resuming_gives_the_rest_of_an_uninterrupted_run(sampler: Sampler, cursor: int):
+    whole = [list(sampler.samples_at(at)) for at in range(cursor + 20)]
+    resumed = Sampler(sampler._lengths, sampler._config, sampler._shuffle)
+    backwards = [list(resumed.samples_at(at)) for at in reversed(range(cursor, cursor + 20))]
+    assert backwards[::-1] == whole[cursor:]
 
 
-@given(st.integers(0, 10**9), small, small, small)
+@given(samplers)
+def test_epochs_are_counted_in_packs(sampler: Sampler):
+    ends = [sampler.end_of(epoch) for epoch in range(4)]
+    assert [sampler.epochs_at(end) for end in ends] == [0, 1, 2, 3]
+    values = [sampler.epochs_at(cursor) for cursor in range(ends[-1])]
+    assert values == sorted(values)
+    assert all(int(sampler.epochs_at(end - 1)) == epoch for epoch, end in enumerate(ends[1:]))
+
+
+@given(st.integers(0, 10**9), small, small)
 def test_a_step_takes_each_position_once_however_it_is_cut(
-    cursor: int, world_size: int, micro_batch_size: int, num_micro_batches: int
-) -> None:
+    cursor: int, world_size: int, num_micro_batches: int
+):
     ranks = [
-        positions_of(cursor, world_size, rank, micro_batch_size, num_micro_batches)
-        for rank in range(world_size)
+        positions_of(cursor, world_size, rank, num_micro_batches) for rank in range(world_size)
     ]
-    for micro_batches in ranks:
-        assert [len(positions) for positions in micro_batches] == (
-            [micro_batch_size] * num_micro_batches
-        )
-    taken = [position for rank in ranks for positions in rank for position in positions]
-    size = world_size * micro_batch_size * num_micro_batches
-    assert sorted(taken) == list(range(cursor, cursor + size))
+    # micro-batch by micro-batch, rank by rank
+    taken = [position for micro_batch in zip(*ranks, strict=True) for position in micro_batch]
+    assert taken == list(range(cursor, cursor + world_size * num_micro_batches))
 
 
-def test_epochs_and_seeds_have_their_own_order() -> None:
+@pytest.mark.parametrize("packing", [{"micro_batch_size": 1}, {"micro_batch_tokens": 40}])
+def test_epochs_and_seeds_have_their_own_order(packing):
+    lengths = 1 + np.arange(100) % 20
+
     def order(seed: int, epoch: int) -> tuple[int, ...]:
-        sampler = Sampler(100, seed, True)
-        return tuple(sampler.index_at(100 * epoch + i) for i in range(100))
+        sampler = make(lengths, seed, **packing)
+        return tuple(flat(sampler, sampler.end_of(epoch), sampler.end_of(epoch + 1)))
 
     assert len({order(seed, epoch) for seed in range(5) for epoch in range(5)}) == 25
 
 
-def test_the_order_is_the_same_for_ever() -> None:
+def test_packs_do_not_come_in_the_order_in_which_they_were_filled():
+    """Best fit leaves the loose packs last: training on those together would be a pattern."""
+    sampler = make(1 + np.arange(1000) % 20, micro_batch_tokens=24)
+    longest = [max(sampler._lengths[sampler.samples_at(at)]) for at in range(sampler.end_of(1))]
+    assert abs(np.corrcoef(longest, np.arange(len(longest)))[0, 1]) < 0.2
+
+
+def test_the_order_is_the_same_for_ever():
     """A run resumed with another numpy must go on in the same order."""
-    sampler = Sampler(10, 1234, True)
-    assert [sampler.index_at(i) for i in range(20)] == ORDER
+    assert flat(make([1] * 10, seed=1234, micro_batch_size=1), 0, 20) == ORDER
+    packed = make(range(1, 11), seed=1234, micro_batch_tokens=16)
+    assert [list(packed.samples_at(at)) for at in range(packed.end_of(1))] == PACKS
 
 
-@pytest.mark.parametrize(("num_samples", "seed"), [(0, 0), (5, -1)])
-def test_impossible_samplers(num_samples: int, seed: int) -> None:
-    with pytest.raises(ValueError, match="allowed: num_samples >= 1, seed >= 0"):
-        Sampler(num_samples, seed, True)
+def test_impossible_packs():
+    with pytest.raises(ConfigError, match="less than the longest sample, 30 tokens"):
+        make([30, 5], micro_batch_tokens=16)
 
 
-def test_a_negative_position() -> None:
+def test_a_negative_position():
     with pytest.raises(ValueError, match="position = -1"):
-        Sampler(5, 0, True).index_at(-1)
+        make([5], micro_batch_size=1).samples_at(-1)

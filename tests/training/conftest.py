@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from tests.helpers import conversations, read_jsonl, write_jsonl
 from tests.services import SECRET, control_server, local_endpoints, mooncake_master
@@ -21,6 +22,14 @@ from torchspec_hpc.config.rundir import write_atomic
 from torchspec_hpc.config.schema import MooncakeConfig
 
 MOONCAKE = {"global_segment_size": "32MiB", "local_buffer_size": "16MiB"}
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

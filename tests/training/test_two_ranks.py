@@ -3,24 +3,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from tests.training import tiny
+from tests.training.saved import assert_same_content, checkpointer, content
 from torchspec_hpc.config import RunDir
 from torchspec_hpc.config.checkpoint_files import Progress, latest_checkpoint
 from torchspec_hpc.errors import UserError
-from torchspec_hpc.training.checkpoint import Checkpointer, CheckpointError
-from torchspec_hpc.training.optim import build_optimizer
-from torchspec_hpc.training.parallel import World, shard
 
 REPOSITORY = Path(__file__).parents[2]
-ONE_RANK = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -33,21 +27,6 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run([*launch, "--nproc-per-node", "2", *script], env=environ, timeout=200)
     assert done.returncode == 0
     return folder
-
-
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-def checkpointer(run: RunDir, draft: torch.nn.Module, **meta: object) -> Checkpointer:
-    config = tiny.training_config(learning_rate=1e-2)
-    shard(draft, ONE_RANK, config)
-    optimizer = build_optimizer(draft, config)
-    ours = replace(tiny.meta(1), **meta)
-    return Checkpointer(run, ONE_RANK, draft, optimizer, ours, seed=0, keep=2)
 
 
 @pytest.mark.slow
@@ -79,45 +58,13 @@ def test_one_rank_loads_what_two_saved(checked: Path, one_rank: None, strategy: 
         fresh.load(folder)
 
 
-def test_random_state_goes_on(tmp_path: Path, one_rank: None):
-    run = RunDir(tmp_path)
-    saver = checkpointer(run, tiny.draft())
-    torch.manual_seed(5)
-    folder = saver.save(Progress(1, 6))
-    expected = torch.rand(3)
-    saver.load(folder)
-    assert torch.equal(torch.rand(3), expected)
-
-
-@pytest.mark.parametrize("damage", ["removed", "cut"])
-def test_a_damaged_checkpoint_is_an_error(tmp_path: Path, one_rank: None, damage: str):
-    run = RunDir(tmp_path)
-    saver = checkpointer(run, tiny.draft())
-    folder = saver.save(Progress(1, 6))
-    (data,) = folder.glob("*.distcp")
-    if damage == "removed":
-        data.unlink()
-    else:
-        data.write_bytes(data.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match=f"cannot load the checkpoint {folder}"):
-        saver.load(folder)
-
-
-def test_a_failed_save_leaves_the_one_before(tmp_path: Path, one_rank: None, monkeypatch):
-    run = RunDir(tmp_path)
-    saver = checkpointer(run, tiny.draft())
-    saver.save(Progress(1, 6))
-
-    def full_disk(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises((CheckpointError, OSError), match="No space left"):
-        saver.save(Progress(2, 12))
-    assert latest_checkpoint(run) == run.checkpoints / "step_1"
-    monkeypatch.undo()
-    saver.save(Progress(2, 12))  # over what the failure left
-    assert latest_checkpoint(run) == run.checkpoints / "step_2"
+@pytest.mark.parametrize("strategy", ["full_shard", "replicate"])
+def test_a_save_in_the_background_holds_what_one_at_once_holds(checked: Path, strategy: str):
+    """The script has trained on before the one in the background was complete."""
+    folders = [checked / strategy / part / "checkpoints" / "step_3" for part in ("", "sync")]
+    found, expected = map(content, folders)
+    assert_same_content(found, expected)
+    assert {"rng.0.cpu", "rng.1.cpu"} < found.keys()
 
 
 def assert_equal(draft: torch.nn.Module, expected: dict[str, torch.Tensor]) -> None:

@@ -76,8 +76,7 @@ def check(config: TrainingConfig, world: World, run: RunDir) -> None:
     assert sums[0].sum() < trained_on[0].sum()
     check_parameters(draft, unchanged, exactly=True)
 
-    checkpointer = Checkpointer(run, world, draft, optimizer, tiny.meta(world.size), seed=0, keep=1)
-    checkpointer.save(Progress(NUM_STEPS, 6 * NUM_STEPS))
+    checkpointer = save_twice(config, world, draft, optimizer, run)
     if world.is_main:
         torch.save(unchanged, run.root / "expected.pt")
 
@@ -86,6 +85,26 @@ def check(config: TrainingConfig, world: World, run: RunDir) -> None:
     assert not step(mine).applied
     check_parameters(draft, unchanged, exactly=True)
     assert step(tiny.batches(SHARES[world.rank], EMPTY)).applied
+    checkpointer.wait()
+
+
+def save_twice(
+    config: TrainingConfig,
+    world: World,
+    draft: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    run: RunDir,
+) -> Checkpointer:
+    """Saves at once, and again in the background, which may take as long as it likes."""
+    progress = Progress(NUM_STEPS, 6 * NUM_STEPS)
+    made = []
+    for directory, is_async in ((RunDir(run.root / "sync"), False), (run, True)):
+        settings = config.model_copy(update={"async_checkpoint": is_async, "max_checkpoints": 1})
+        made.append(
+            Checkpointer(directory, world, draft, optimizer, tiny.meta(world.size), settings)
+        )
+        made[-1].save(progress)
+    return made[-1]
 
 
 def check_parameters(

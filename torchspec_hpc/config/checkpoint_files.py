@@ -37,7 +37,7 @@ class Progress:
 
     Attributes:
         step: Optimizer steps done.
-        cursor: Samples of the stream consumed, over all ranks and epochs.
+        cursor: Packs of the stream consumed, over all ranks and epochs.
         skipped: Steps among them that left the parameters as they were.
     """
 
@@ -77,7 +77,13 @@ class BestCheckpoint:
                 hint="correct it, or remove it to begin the search for the best anew",
             ) from error
         _named(run.best_checkpoint, best.checkpoint)
+        _step_of(best.checkpoint, run.best_checkpoint)
         return best
+
+    @property
+    def step(self) -> int:
+        """Optimizer step of the checkpoint."""
+        return int(self.checkpoint.removeprefix("step_"))
 
 
 @dataclass(frozen=True)
@@ -86,10 +92,10 @@ class CheckpointMeta:
 
     Attributes:
         step: Optimizer steps done.
-        cursor: Samples of the stream consumed.
+        cursor: Packs of the stream consumed.
         draft: ``{"algorithm", "config", "kept_ids_file"}``.
         target: Path or hub id of the target model.
-        stream: What fixes the order of samples: dataset key, its size, seed, shuffling.
+        stream: What fixes the order of packs: dataset key, its size, seed, shuffling, packing.
         world_size: Trainer ranks that wrote it.
         skipped: Steps that left the parameters as they were.
         versions: Versions of this package and of torch.
@@ -182,10 +188,7 @@ def latest_step(run: RunDir) -> int:
     name = _latest_name(run)
     if name is None:
         return 0
-    number = name.removeprefix("step_")
-    if not number.isdecimal():
-        raise UserError(f"{run.latest_checkpoint} holds {name!r}", allowed="step_<n>")
-    return int(number)
+    return _step_of(name, run.latest_checkpoint)
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -226,13 +229,17 @@ def publish(
         keep: Number of newest checkpoints that stay; the latest and the best always do.
         accept_len: Makes it the best, too.
     """
-    if folder.is_dir():  # of an attempt that died before moving `latest`
+    best = BestCheckpoint.read(run)
+    if folder.is_dir():  # of an attempt that died before moving `latest`, or before going back
+        if best is not None and best.checkpoint == folder.name:
+            run.best_checkpoint.unlink()
+            best = None
         _remove(folder)
     temporary.rename(folder)
     write_atomic(run.latest_checkpoint, folder.name + "\n")
     if accept_len is not None:
-        write_atomic(run.best_checkpoint, asdict(BestCheckpoint(folder.name, accept_len)))
-    best = BestCheckpoint.read(run)
+        best = BestCheckpoint(folder.name, accept_len)
+        write_atomic(run.best_checkpoint, asdict(best))
     stay = {folder.name, best.checkpoint if best else folder.name}
     numbers = {path: path.name.removeprefix("step_") for path in run.checkpoints.glob("step_*")}
     complete = sorted((int(number), path) for path, number in numbers.items() if number.isdigit())
@@ -258,6 +265,14 @@ def _named(file: Path, name: str) -> Path:
             hint="write the name of a complete step_<n> folder into it, or remove it",
         )
     return folder
+
+
+def _step_of(name: str, file: Path) -> int:
+    """The number in the name of a checkpoint."""
+    number = name.removeprefix("step_")
+    if not number.isdecimal():
+        raise UserError(f"{file} holds {name!r}", allowed="step_<n>")
+    return int(number)
 
 
 def _latest_name(run: RunDir) -> str | None:

@@ -10,12 +10,14 @@ A *device slot* is one GPU where there are GPUs and one process otherwise; the
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
+from torchspec_hpc.config.logging_schema import LoggingConfig
+from torchspec_hpc.config.optim_schema import OptimConfig
 from torchspec_hpc.config.slurm_schema import SlurmConfig
-from torchspec_hpc.config.types import Bytes, Ints, ModelRef, Names, PathStr, Section
+from torchspec_hpc.config.types import Bytes, Ints, ModelRef, PathStr, Section
 
 GiB = 1024**3
 MiB = 1024**2
@@ -44,6 +46,9 @@ class DatasetConfig(Section):
     train_data_path: PathStr = Field(description="Conversations to train on, JSONL or Parquet.")
     eval_data_path: PathStr | None = Field(None, description="Held-out conversations; null: none.")
     eval_interval: int = Field(0, ge=0, description="Steps between evaluations; 0: never.")
+    eval_max_tokens: int = Field(
+        100_000, ge=1, description="Held-out samples beyond it are not used: states stay in memory."
+    )
     chat_template: PathStr | None = Field(None, description="Jinja file; null: the model's own.")
     prompt_key: str | None = Field(
         None, description="Column of the turns; null: conversations or messages, what is there."
@@ -67,7 +72,7 @@ class DatasetConfig(Section):
         return self
 
 
-class TrainingConfig(Section):
+class TrainingConfig(OptimConfig):
     """The trainers."""
 
     training_num_nodes: int = Field(1, ge=1, description="Nodes of trainers.")
@@ -81,25 +86,23 @@ class TrainingConfig(Section):
     num_train_steps: int | None = Field(
         None, ge=1, description="Optimizer steps; null: num_epochs over the data."
     )
-    micro_batch_size: int = Field(1, ge=1, description="Samples per rank and micro-batch.")
-    draft_accumulation_steps: int = Field(1, ge=1, description="Micro-batches per step.")
-    max_seq_length: int = Field(2048, ge=4, description="Tokens; longer samples are truncated.")
+    micro_batch_tokens: int | None = Field(
+        None,
+        ge=4,
+        description="Most tokens of a rank's micro-batch, which samples fill one after the other;"
+        " null: max_seq_length, or what micro_batch_size says.",
+    )
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="Samples of a micro-batch instead; null: micro_batch_tokens counts."
+    )
+    draft_accumulation_steps: int = Field(1, ge=1, description="Micro-batches per rank and step.")
+    max_seq_length: int = Field(
+        2048,
+        ge=4,
+        description="Tokens; longer samples keep their beginning and are counted as truncated.",
+    )
     ttt_length: int = Field(7, ge=1, description="Steps of the training-time test, K.")
     ttt_loss_decay: float = Field(0.8, gt=0, le=1, description="Weight of TTT step i is decay^i.")
-    learning_rate: float = Field(1e-4, gt=0, description="AdamW's, at its peak.")
-    min_lr: float = Field(0.0, ge=0, description="Learning rate where the decay ends.")
-    lr_decay_style: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="From learning_rate to min_lr; constant: no decay."
-    )
-    lr_total_steps: int | None = Field(None, ge=1, description="null: the length of the run.")
-    warmup_ratio: float = Field(
-        0.015, ge=0, le=1, description="Share of lr_total_steps with a linear warm-up; 0: none."
-    )
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's, of matrices only; 0: none.")
-    adam_betas: Annotated[tuple[float, float], BeforeValidator(lambda v: tuple(v))] = Field(
-        (0.9, 0.95), description="Decay rates of AdamW's first and second moment."
-    )
-    max_grad_norm: float = Field(0.5, gt=0, description="Clips gradients; 1e9: as good as off.")
     fsdp_strategy: Literal["full_shard", "replicate"] = Field(
         "full_shard", description="Weights and optimizer state cut over ranks, or whole on each."
     )
@@ -109,24 +112,37 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = Field(False, description="No effect on this draft yet.")
     save_interval: int = Field(500, ge=0, description="Steps between checkpoints; 0: at the end.")
     save_per_epoch: bool = Field(False, description="A checkpoint after each epoch, too.")
-    max_checkpoints: int = Field(3, ge=1, description="Checkpoints that are kept, the newest.")
+    max_checkpoints: int = Field(
+        3, ge=1, description="Checkpoints that are kept: the newest; the best one stays as well."
+    )
+    async_checkpoint: bool = Field(True, description="Train on while a checkpoint is written.")
     load_path: PathStr | None = Field(None, description="Checkpoint to start from; null: none.")
     continual_training: bool = Field(False, description="Take only the weights of load_path.")
     prefetch_depth: int = Field(4, ge=1, description="Micro-batches asked for ahead of the step.")
     distributed_timeout_minutes: int = Field(30, ge=1, description="Of a collective, minutes.")
     num_threads: int | None = Field(None, ge=1, description="CPU threads a process; null: torch's.")
+    peak_tflops: float | None = Field(
+        None, gt=0, description="Dense peak of one device, TFLOP/s, for MFU; null: by its name."
+    )
+
+    @property
+    def pack_tokens(self) -> int | None:
+        """Most tokens of a micro-batch; None: ``micro_batch_size`` counts its samples."""
+        if self.micro_batch_size is not None:
+            return None
+        return self.micro_batch_tokens or self.max_seq_length
 
     @model_validator(mode="after")
     def _fits(self) -> TrainingConfig:
+        if self.micro_batch_tokens is not None and self.micro_batch_size is not None:
+            raise ValueError(
+                f"micro_batch_tokens = {self.micro_batch_tokens} and micro_batch_size = "
+                f"{self.micro_batch_size} are both given; allowed: one of them"
+            )
         if self.continual_training and self.load_path is None:
             raise ValueError(
                 "continual_training = true needs load_path; "
                 "set it to a checkpoint, or continual_training to false"
-            )
-        if self.min_lr > self.learning_rate:
-            raise ValueError(
-                f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}; "
-                f"allowed: 0 to {self.learning_rate}"
             )
         return self
 
@@ -263,22 +279,6 @@ class ControlConfig(Section):
         " 30, in a Slurm job; 120 on this machine.",
     )
     heartbeat_s: float = Field(5.0, gt=0, description="Between an engine's signs of life.")
-
-
-class LoggingConfig(Section):
-    """What is reported, and where to."""
-
-    report_to: Names = Field(
-        ("tensorboard",), description="tensorboard; none: the run's JSONL only."
-    )
-    log_interval: int = Field(1, ge=1, description="Steps between lines and points.")
-
-    @model_validator(mode="after")
-    def _known(self) -> LoggingConfig:
-        allowed = {"tensorboard", "none"}
-        if unknown := set(self.report_to) - allowed:
-            raise ValueError(f"report_to has {sorted(unknown)}; allowed: {sorted(allowed)}")
-        return self
 
 
 class Config(Section):

@@ -6,7 +6,10 @@ import logging
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_state_dict,
@@ -21,11 +26,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from torchspec_hpc.config.checkpoint_files import CheckpointMeta, Progress, publish
+from torchspec_hpc.config.checkpoint_files import BestCheckpoint, CheckpointMeta, Progress, publish
 from torchspec_hpc.config.rundir import KEPT_IDS, RunDir
-from torchspec_hpc.errors import TorchspecError
+from torchspec_hpc.config.schema import TrainingConfig
+from torchspec_hpc.errors import TorchspecError, UserError
 from torchspec_hpc.training.parallel import World, seed_rank
 
 logger = logging.getLogger(__name__)
@@ -45,9 +51,11 @@ class Checkpointer:
         world: The training group.
         draft: The sharded draft.
         optimizer: Its optimizer.
-        meta: What the run is; step and cursor are filled in.
-        seed: Of the run, for the random state of ranks that have none saved.
-        keep: Number of newest checkpoints to keep.
+        meta: What the run is; its progress is filled in.
+        config: How many to keep, and whether training goes on while one is written.
+
+    Attributes:
+        best_accept_len: Of the best checkpoint so far; -inf before the first.
     """
 
     def __init__(
@@ -57,37 +65,85 @@ class Checkpointer:
         draft: nn.Module,
         optimizer: torch.optim.Optimizer,
         meta: CheckpointMeta,
-        *,
-        seed: int,
-        keep: int,
+        config: TrainingConfig,
     ) -> None:
-        self._run, self._world, self._seed, self._keep = run, world, seed, keep
+        self._run, self._world, self._config = run, world, config
         self._draft, self._optimizer, self._meta = draft, optimizer, meta
         self._current: Path | None = None  # what the state in memory was saved as
+        self.best_accept_len = float("-inf")
+        # of its own: what the writing thread sends must not mix with what training sends
+        self._group = dist.new_group(
+            backend="gloo", timeout=timedelta(minutes=config.distributed_timeout_minutes)
+        )
+        on_gpu = world.device.type == "cuda"
+        # keeps its memory from save to save, pinned where the copy comes from a GPU
+        self._stager = DefaultStager(StagingOptions(on_gpu, False, False, on_gpu))
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._in_flight: Future[Path] | None = None
 
-    def save(self, progress: Progress) -> Path:
+    def save(self, progress: Progress, accept_len: float | None = None) -> float:
         """Writes a checkpoint and makes it the latest.
 
+        With ``training.async_checkpoint`` it returns as soon as the state is copied; the
+        checkpoint counts once :meth:`wait` has returned.
+
+        Args:
+            progress: How far the run is.
+            accept_len: ``eval/accept_len`` of this step, to make it the best as well.
+
+        Returns:
+            Seconds that training was held up.
+
         Raises:
-            CheckpointError: It could not be written; the one before is still the latest.
+            CheckpointError: It, or the one before, could not be written; ``latest`` still names
+                the last one that could.
         """
         start = time.monotonic()
+        self.wait()
         folder = self._run.checkpoints / f"step_{progress.step}"
         if folder == self._current:
-            return folder  # stopped before the first step of this attempt
+            return time.monotonic() - start  # stopped before the first step of this attempt
         temporary = folder.with_name(folder.name + ".tmp")
         if self._world.is_main:
+            # others begin to write once they have the main rank's plan of who writes what
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        dist.barrier()
-        self._write(temporary, progress)
-        dist.barrier()  # the files of every rank are there
-        if self._world.is_main:
-            publish(self._run, temporary, folder, self._keep)
-        dist.barrier()  # nobody leaves before the checkpoint counts
-        self._current = folder
-        logger.info("checkpoint %s in %.1f s", folder.name, time.monotonic() - start)
-        return folder
+        state = self._state() | self._rng_state()
+        finish = partial(self._finish, start, temporary, folder, progress, accept_len)
+        if self._config.async_checkpoint:
+            written = async_save(
+                state,
+                checkpoint_id=temporary,
+                process_group=self._group,
+                async_stager=self._stager,
+            )
+            assert isinstance(written, Future)
+            self._in_flight = self._thread.submit(finish, written.result)
+        else:
+            self._current = finish(
+                partial(save, state, checkpoint_id=temporary, process_group=self._group)
+            )
+        if accept_len is not None:
+            self.best_accept_len = accept_len
+        return time.monotonic() - start
+
+    def wait(self) -> None:
+        """Waits for the checkpoint that is being written, if one is.
+
+        Raises:
+            CheckpointError: It could not be written.
+        """
+        if self._in_flight is not None:
+            in_flight, self._in_flight = self._in_flight, None
+            self._current = in_flight.result()
+
+    def check(self) -> None:
+        """Raises if the checkpoint that was being written has failed; never waits.
+
+        Raises:
+            CheckpointError: It has.
+        """
+        if self._in_flight is not None and self._in_flight.done():
+            self.wait()
 
     def load(self, folder: Path) -> Progress:
         """Loads model, optimizer, random state and progress.
@@ -101,18 +157,17 @@ class Checkpointer:
         meta = CheckpointMeta.read(folder)
         meta.check_matches(self._meta, ("draft", "target", "stream"), folder)
         state = self._state()
-        _dcp(load, state, folder)
+        _load(state, folder)
         set_state_dict(
             self._draft,
             self._optimizer,
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
         )
-        if meta.world_size == self._world.size:
-            _set_rng_state(_load_rng_state(self._rng_file(folder)))
-        else:  # ranks are other ranks now: new streams, reproducible all the same
-            seed_rank(self._seed, meta.step, self._world.rank)
-        self._current = folder
+        self._load_rng(meta, folder)
+        if folder.parent == self._run.checkpoints:
+            self._current = folder
+            self._recall_best(meta.step)
         logger.info("resumed from %s, written by %d ranks", folder, meta.world_size)
         return meta.progress
 
@@ -125,7 +180,7 @@ class Checkpointer:
         """
         CheckpointMeta.read(folder).check_matches(self._meta, ("draft",), folder)
         state: dict[str, Any] = {"model": get_model_state_dict(self._draft)}
-        _dcp(load, state, folder)
+        _load(state, folder)
         set_model_state_dict(self._draft, state["model"])
         logger.info("weights taken from %s", folder)
 
@@ -138,45 +193,88 @@ class Checkpointer:
                 moments["step"].zero_()
         return {"model": model, "optimizer": optimizer}
 
-    def _write(self, folder: Path, progress: Progress) -> None:
-        _dcp(save, self._state(), folder)
-        torch.save(_rng_state(), self._rng_file(folder))
+    def _finish(
+        self,
+        start: float,
+        temporary: Path,
+        folder: Path,
+        progress: Progress,
+        accept_len: float | None,
+        write: Callable[[], object],
+    ) -> Path:
+        """Has the files written and the checkpoint counted; in a thread if training goes on."""
+        try:
+            write()  # returns, or raises, on every rank once all files are there
+        except CheckpointException as error:  # derives from BaseException, not from Exception
+            raise _not_saved(folder, _causes(error)) from error
+        self._publish(temporary, folder, progress, accept_len)
+        logger.info("checkpoint %s after %.1f s", folder.name, time.monotonic() - start)
+        return folder
+
+    def _publish(
+        self, temporary: Path, folder: Path, progress: Progress, accept_len: float | None
+    ) -> None:
+        """Has the main rank give it its name; no rank leaves before it counts, or has failed."""
+        failure: list[OSError | UserError | None] = [None]
         if self._world.is_main:
-            if self._meta.draft["kept_ids_file"]:
-                shutil.copyfile(self._run.kept_ids, folder / KEPT_IDS)
-            replace(self._meta, **asdict(progress)).write(folder)
+            try:
+                if self._meta.draft["kept_ids_file"]:
+                    shutil.copyfile(self._run.kept_ids, temporary / KEPT_IDS)
+                replace(self._meta, **asdict(progress)).write(temporary)
+                publish(self._run, temporary, folder, self._config.max_checkpoints, accept_len)
+            except (OSError, UserError) as error:
+                failure = [error]
+        dist.broadcast_object_list(failure, src=0, group=self._group)
+        if failure[0] is not None:
+            raise _not_saved(folder, str(failure[0])) from failure[0]
 
-    def _rng_file(self, folder: Path) -> Path:
-        return folder / f"rng_rank{self._world.rank}.pt"
+    def _load_rng(self, meta: CheckpointMeta, folder: Path) -> None:
+        """Goes on with this rank's random state, or with a new one if ranks are others now."""
+        stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+        mine = self._rng_state()
+        names = {f"rng.{rank}.{kind}" for rank, kinds in mine["rng"].items() for kind in kinds}
+        if meta.world_size != self._world.size or not names <= stored.keys():
+            seed_rank(self._config.seed, meta.step, self._world.rank)
+            return
+        _load(mine, folder)
+        state = mine["rng"][str(self._world.rank)]
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"])
+
+    def _rng_state(self) -> dict[str, dict[str, dict[str, Tensor]]]:
+        """This rank's part of the state; every rank has a name of its own for it."""
+        state = {"cpu": torch.get_rng_state()}
+        if self._world.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state()
+        return {"rng": {str(self._world.rank): state}}
+
+    def _recall_best(self, step: int) -> None:
+        best = BestCheckpoint.read(self._run)
+        if best is not None and best.step <= step:
+            self.best_accept_len = best.accept_len
+        elif best is not None:  # `latest` was set back by hand
+            logger.warning("%s is of a later step than %d and does not count", best, step)
 
 
-def _dcp(function: Callable[..., Any], state: dict[str, Any], folder: Path) -> None:
-    """Runs ``save`` or ``load`` of DCP with its errors as ours."""
+def _load(state: dict[str, Any], folder: Path) -> None:
+    """Fills `state` from a checkpoint."""
     try:
-        function(state, checkpoint_id=folder)
+        load(state, checkpoint_id=folder)
     except CheckpointException as error:  # derives from BaseException, not from Exception
-        causes = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in error.failures.items())
         raise CheckpointError(
-            f"cannot {function.__name__} the checkpoint {folder}: {causes}"
+            f"cannot load the checkpoint {folder}: {_causes(error)}\n"
+            f"  next:    write the name of an older step_<n> into {folder.with_name('latest')}"
         ) from error
 
 
-def _load_rng_state(file: Path) -> dict[str, Tensor]:
-    try:
-        state: dict[str, Tensor] = torch.load(file, weights_only=True)
-    except (OSError, EOFError, RuntimeError) as error:
-        raise CheckpointError(f"cannot load {file}: {error}") from error
-    return state
+def _not_saved(folder: Path, causes: str) -> CheckpointError:
+    return CheckpointError(
+        f"cannot save the checkpoint {folder}: {causes}\n"
+        f"  next:    see that its disk has room and can be written, and start the run again: it "
+        "goes on from the last one that could be saved"
+    )
 
 
-def _rng_state() -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_rng_state(state: dict[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+def _causes(error: CheckpointException) -> str:
+    return "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in error.failures.items())

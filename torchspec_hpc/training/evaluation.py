@@ -6,15 +6,16 @@ import logging
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from torchspec_hpc.config.checkpoint_files import Progress
 from torchspec_hpc.config.schema import TrainingConfig
 from torchspec_hpc.data.dataset import TokenDataset
-from torchspec_hpc.data.sample import Sample
 from torchspec_hpc.data.sampler import Sampler
 from torchspec_hpc.drafts.batch import PackedBatch
-from torchspec_hpc.training.batches import HiddenStates, MicroBatches
+from torchspec_hpc.training.batches import MicroBatches
 from torchspec_hpc.training.parallel import World
+from torchspec_hpc.training.prefetch import HiddenStates
 
 #: Of all ranks together: their hidden states stay in memory.
 MAX_TOKENS = 100_000
@@ -44,11 +45,13 @@ class EvaluationSet:
         num_samples = max(1, int((dataset.lengths.cumsum(dtype=np.int64) <= MAX_TOKENS).sum()))
         if num_samples < len(dataset):
             logger.warning("evaluating on the first %d of %d samples", num_samples, len(dataset))
-        per_step = world.size * config.micro_batch_size
-        self._num_steps = -(-num_samples // per_step)
+        sampler = Sampler(dataset.lengths[:num_samples], config, shuffle=False)
+        num_packs = sampler.end_of(1)
+        self._num_mine = len(range(world.rank, num_packs, world.size))
+        self._num_steps = -(-num_packs // world.size)
         self._stream = MicroBatches(
-            _Padded(dataset, num_samples),
-            Sampler(self._num_steps * per_step, seed=0, shuffle=False),
+            dataset,
+            sampler,
             states,
             world,
             config.model_copy(update={"draft_accumulation_steps": 1}),
@@ -65,20 +68,14 @@ class EvaluationSet:
         A stop waits with it: ranks that gave up on their own would leave the others hanging.
         """
         if not self._batches:
-            self._batches = [
+            made = [
                 batch for _ in range(self._num_steps) for batch in self._stream.next_step().batches
             ]
+            # the stream begins again behind the last pack: that share only keeps ranks in step
+            padding = map(_unsupervised, made[self._num_mine :])
+            self._batches = [*made[: self._num_mine], *padding]
         return self._batches
 
 
-class _Padded:
-    """Samples, and behind them as many without supervision as make all ranks' shares equal."""
-
-    def __init__(self, dataset: TokenDataset, num_samples: int) -> None:
-        self._dataset, self._num_samples = dataset, num_samples
-
-    def __getitem__(self, index: int) -> Sample:
-        if index < self._num_samples:
-            return self._dataset[index]
-        sample = self._dataset[0]
-        return replace(sample, loss_mask=np.zeros_like(sample.loss_mask))
+def _unsupervised(batch: PackedBatch) -> PackedBatch:
+    return replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))

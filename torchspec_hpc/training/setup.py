@@ -15,10 +15,11 @@ from torchspec_hpc.config.checkpoint_files import CheckpointMeta, Progress, late
 from torchspec_hpc.config.endpoints import Endpoints, read_secret
 from torchspec_hpc.config.rundir import cache_dir
 from torchspec_hpc.data.dataset import TokenDataset, prepare_dataset
+from torchspec_hpc.data.packing import longest_pack
 from torchspec_hpc.data.sampler import Sampler
 from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.target.spec import TargetSpec
-from torchspec_hpc.training.batches import MicroBatches, samples_per_step, steps_of_run
+from torchspec_hpc.training.batches import MicroBatches, packs_per_step, steps_of_run
 from torchspec_hpc.training.checkpoint import Checkpointer
 from torchspec_hpc.training.draft import build_draft
 from torchspec_hpc.training.evaluation import EvaluationSet
@@ -68,23 +69,16 @@ def build_trainer(
     draft, head, description = build_draft(config, world, spec, aux_layers, kept_ids)
     meta = _describe(config, world, dataset, description)
     optimizer = build_optimizer(draft, settings)
-    checkpointer = Checkpointer(
-        run, world, draft, optimizer, meta, seed=settings.seed, keep=settings.max_checkpoints
-    )
+    checkpointer = Checkpointer(run, world, draft, optimizer, meta, settings)
     seed_rank(settings.seed, 0, world.rank)
     progress = _load(config, run, checkpointer)
-    num_steps = steps_of_run(settings, len(dataset), samples_per_step(world, settings), progress)
+    sampler = Sampler(dataset.lengths, settings, config.dataset.shuffle_dataset)
+    num_steps = steps_of_run(settings, sampler, packs_per_step(world, settings), progress)
     control, feed = _connect(config, run, endpoints, world, stack)
     batches = MicroBatches(
-        dataset,
-        Sampler(len(dataset), settings.seed, config.dataset.shuffle_dataset),
-        feed,
-        world,
-        settings,
-        progress,
-        num_steps,
-        window_tokens,
+        dataset, sampler, feed, world, settings, progress, num_steps, window_tokens
     )
+    stack.callback(batches.close)
     return Trainer(
         config,
         run,
@@ -97,7 +91,7 @@ def build_trainer(
         checkpointer=checkpointer,
         progress=progress,
         num_steps=num_steps,
-        num_samples=len(dataset),
+        sampler=sampler,
         evaluation=EvaluationSet(held_out[0], feed, world, settings, window_tokens)
         if held_out
         else None,
@@ -134,7 +128,7 @@ def _window_tokens(
     """Tokens of each dataset whose hidden states fit into this rank's segment of the store.
 
     Raises:
-        ConfigError: The longest micro-batch does not fit.
+        ConfigError: The longest micro-batch does not fit, or no micro-batch holds a sample.
     """
     dtype = spec.dtype if config.inference.dtype == "auto" else config.inference.dtype
     item_bytes: int = getattr(torch, dtype).itemsize
@@ -142,14 +136,14 @@ def _window_tokens(
     segment_bytes = int(config.mooncake.global_segment_size)
     share = _SEGMENT_SHARE / len(datasets)
     window_tokens = int(share * segment_bytes) // token_bytes
-    longest = max(int(dataset.lengths.max()) for dataset in datasets)
-    longest *= config.training.micro_batch_size
+    longest = max(longest_pack(dataset.lengths, config.training) for dataset in datasets)
     if longest > window_tokens:
         raise ConfigError(
             f"mooncake.global_segment_size = {segment_bytes} bytes cannot hold a micro-batch of "
             f"{longest} tokens with {token_bytes} bytes of hidden states each",
             allowed=f"at least {int(longest * token_bytes / share) + 1} bytes",
-            hint="raise it, or lower training.max_seq_length or training.micro_batch_size",
+            hint="raise it, or lower training.micro_batch_tokens, or micro_batch_size if that is "
+            "what you gave",
         )
     return window_tokens
 
@@ -168,6 +162,8 @@ def _describe(
             "num_samples": len(dataset),
             "seed": config.training.seed,
             "shuffle": config.dataset.shuffle_dataset,
+            "micro_batch_tokens": config.training.pack_tokens,
+            "micro_batch_size": config.training.micro_batch_size,
         },
         world_size=world.size,
         versions={"torchspec_hpc": torchspec_hpc.__version__, "torch": torch.__version__},

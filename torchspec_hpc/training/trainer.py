@@ -12,9 +12,10 @@ import torch
 from torchspec_hpc.config import Config, RunDir
 from torchspec_hpc.config.checkpoint_files import Progress
 from torchspec_hpc.config.rundir import write_atomic
+from torchspec_hpc.data.sampler import Sampler
 from torchspec_hpc.errors import EXIT_DONE, EXIT_REQUEUE, TorchspecError
 from torchspec_hpc.observe.metrics import MetricsWriter
-from torchspec_hpc.training.batches import MicroBatches, StepData, samples_per_step
+from torchspec_hpc.training.batches import MicroBatches, StepData, packs_per_step
 from torchspec_hpc.training.checkpoint import Checkpointer
 from torchspec_hpc.training.evaluation import EvaluationSet
 from torchspec_hpc.training.meter import Costs, EngineMonitor, Meter
@@ -44,7 +45,7 @@ class Trainer:
         checkpointer: Of the run.
         progress: Where to go on.
         num_steps: The optimizer step at which the run ends.
-        num_samples: Of the dataset.
+        sampler: The stream of packs, which knows where epochs end.
         evaluation: Held-out samples, if the run has any.
     """
 
@@ -62,19 +63,20 @@ class Trainer:
         checkpointer: Checkpointer,
         progress: Progress,
         num_steps: int,
-        num_samples: int,
+        sampler: Sampler,
         evaluation: EvaluationSet | None,
     ) -> None:
         self._config, self._run, self._world = config, run, world
         self._optimizer, self._step, self._batches = optimizer, step, batches
         self._feed, self._monitor, self._checkpointer = feed, monitor, checkpointer
-        self._progress, self._num_steps, self._num_samples = progress, num_steps, num_samples
+        self._progress, self._num_steps, self._sampler = progress, num_steps, sampler
         self._evaluation = evaluation
-        self._samples_per_step = samples_per_step(world, config.training)
+        self._packs_per_step = packs_per_step(world, config.training)
         self._schedule = Schedule.from_config(config.training, num_steps)
         self._meter = Meter(world, step_weights(config.training))
         self._metrics: MetricsWriter | None = None
         self._skipped = SkippedSteps()
+        self._accept_len: float | None = None  # of this step's evaluation, if there was one
 
     def run(self) -> int:
         """Trains.
@@ -84,6 +86,7 @@ class Trainer:
 
         Raises:
             TorchspecError: The gradient was not finite for too many steps in a row.
+            CheckpointError: A checkpoint could not be written.
         """
         with ExitStack() as stack:
             if self._world.is_main:
@@ -95,14 +98,18 @@ class Trainer:
                     )
                 )
             while self._progress.step < self._num_steps:
+                self._checkpointer.check()
                 before = self._progress
                 stop = self._train_one_step()
                 finished = self._progress.step == self._num_steps
-                if stop or finished or self._checkpoint_is_due(before):
-                    self._checkpointer.save(self._progress)
+                best_len = self._new_best()
+                if stop or finished or best_len or self._checkpoint_is_due(before):
+                    self._checkpointer.save(self._progress, best_len)
                 if stop and not finished:
+                    self._checkpointer.wait()
                     logger.info("stopped at step %d, as asked", self._progress.step)
                     return EXIT_REQUEUE
+            self._checkpointer.wait()
         if self._world.is_main:
             write_atomic(self._run.done, {"step": self._num_steps, "time": time.time()})
         logger.info("done after %d steps", self._num_steps)
@@ -111,6 +118,7 @@ class Trainer:
     def _train_one_step(self) -> bool:
         """Trains one optimizer step; returns whether the run was asked to stop."""
         start, before = time.monotonic(), self._feed.stats()
+        self._accept_len = None
         try:
             data = self._batches.next_step(give_up=self._run.stop.exists)
         except GaveUp as gave_up:  # a late engine must not keep us from a checkpoint
@@ -123,16 +131,22 @@ class Trainer:
         if data is None or result.abandoned:
             return True
         self._progress = Progress(
-            self._progress.step + 1, self._progress.cursor + self._samples_per_step
+            self._progress.step + 1, self._progress.cursor + self._packs_per_step
         )
         self._skipped.count(self._progress.step, result)
         costs = _costs(data, before, self._feed.stats(), time.monotonic() - start)
         values = self._meter.measure(result, costs)
         if self._evaluation is not None and self._evaluation_is_due():
             values |= self._meter.evaluate(self._step.evaluate(self._evaluation.batches()))
+            self._accept_len = values["eval/accept_len"]
         if self._metrics is not None:
             self._report(values | {"train/lr": learning_rate})
         return result.flagged
+
+    def _new_best(self) -> float | None:
+        """Acceptance length of this step's evaluation, if it is the best of the run so far."""
+        found = self._accept_len
+        return found if found and found > self._checkpointer.best_accept_len else None
 
     def _evaluation_is_due(self) -> bool:
         step = self._progress.step
@@ -141,9 +155,8 @@ class Trainer:
     def _checkpoint_is_due(self, before: Progress) -> bool:
         settings = self._config.training
         by_step = settings.save_interval and self._progress.step % settings.save_interval == 0
-        epoch_ended = (
-            before.cursor // self._num_samples != self._progress.cursor // self._num_samples
-        )
+        epochs_at = self._sampler.epochs_at
+        epoch_ended = int(epochs_at(before.cursor)) != int(epochs_at(self._progress.cursor))
         return bool(by_step or (settings.save_per_epoch and epoch_ended))
 
     def _report(self, values: dict[str, Any]) -> None:
@@ -151,7 +164,7 @@ class Trainer:
         assert self._metrics is not None
         step = self._progress.step
         values["train/skipped_steps"] = self._skipped.num_skipped
-        values["train/epoch"] = self._progress.cursor / self._num_samples
+        values["train/epoch"] = self._sampler.epochs_at(self._progress.cursor)
         is_told = step % self._config.logging.log_interval == 0
         if is_told:
             values |= self._monitor.read()
