@@ -1,4 +1,7 @@
-"""TTT attention against one dense softmax over everything a query may read."""
+"""TTT attention against one dense softmax over everything a query may read.
+
+The same on a GPU, where there is one: ``pytest tests/drafts``.
+"""
 
 from __future__ import annotations
 
@@ -7,46 +10,69 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchspec_hpc.drafts.eagle3.attention import ttt_attention
+from torchspec_hpc.drafts.batch import PackedBatch
+from torchspec_hpc.drafts.eagle3.attention import Backend, Layout, choose_backend, ttt_attention
+from torchspec_hpc.drafts.eagle3.plan import StepRows
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+LENGTHS = [7, 1, 2, 40, 11]
 
 
-def make(num_own: int, lengths: list[int], rows: Tensor) -> tuple[Tensor, ...]:
+def layout_of(rows: Tensor, lengths: list[int], device: str = "cpu") -> Layout:
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    order = rows.argsort()
+    bounds = torch.searchsorted(rows[order], cu_seqlens).tolist()
+    return Layout(StepRows(rows, order, bounds, cu_seqlens), rows.to(device))
+
+
+def make(
+    num_own: int, lengths: list[int], rows: Tensor, head_dim: int = 8, device: str = "cpu"
+) -> tuple[Tensor, ...]:
+    """Queries; keys and values of block 0; those of the rows' own positions, of a row more."""
     n, r = sum(lengths), len(rows)
     generator = torch.Generator().manual_seed(0)
-    shapes = [(r, 6, 8), (n, 2, 8), (n, 2, 8)] + [(r, 2, 8)] * (2 * num_own)
-    return tuple(
-        torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes
-    )
+    shapes = [(r, 6, head_dim), (n, 2, head_dim), (n, 2, head_dim)]
+    shapes += [(r + 1, 2, head_dim)] * (2 * num_own)
+    made = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    return tuple(x.to(device).requires_grad_() for x in made)
 
 
-def run(tensors: tuple[Tensor, ...], rows: Tensor, lengths: list[int]) -> Tensor:
+def run(tensors: tuple[Tensor, ...], layout: Layout, backend: Backend) -> Tensor:
     q, k, v, *own = tensors
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
     pairs = list(zip(own[::2], own[1::2], strict=True))
-    return ttt_attention(q, rows, (k, v), pairs, cu_seqlens)
+    return ttt_attention(q, (k, v), pairs, layout, backend)
 
 
 def dense(tensors: tuple[Tensor, ...], rows: Tensor, lengths: list[int]) -> Tensor:
     """Every key of every block in one table, with a mask that forbids nearly all."""
     q, k, v, *own = tensors
+    own = [x[: len(q)] for x in own]
     keys, values = torch.cat([k, *own[::2]]), torch.cat([v, *own[1::2]])
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     index = torch.arange(len(k))
     block0 = (document[rows][:, None] == document) & (index <= rows[:, None])
     blocks = [block0] + [torch.eye(len(rows), dtype=torch.bool)] * (len(own) // 2)
     heads = [x.transpose(0, 1)[None] for x in (q, keys, values)]
-    mask = torch.cat(blocks, dim=1)
+    mask = torch.cat(blocks, dim=1).to(q.device)
     out = F.scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=True)
     return out[0].transpose(0, 1).flatten(1)
 
 
-@pytest.mark.parametrize("num_own", [0, 1, 5])
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-def test_matches_dense_attention(num_own: int, share: float) -> None:
-    lengths = [7, 1, 2, 11]
-    rows = (torch.rand(21, generator=torch.Generator().manual_seed(1)) < share).nonzero()[:, 0]
-    tensors = make(num_own, lengths, rows)
-    output, expected = run(tensors, rows, lengths), dense(tensors, rows, lengths)
+def some_rows(share: float, lengths: list[int] = LENGTHS) -> Tensor:
+    """Rows of a share of the positions, in any order."""
+    generator = torch.Generator().manual_seed(1)
+    rows = (torch.rand(sum(lengths), generator=generator) < share).nonzero()[:, 0]
+    return rows[torch.randperm(len(rows), generator=generator)]
+
+
+@pytest.mark.parametrize("backend", ["plain", "sdpa"])
+@pytest.mark.parametrize("num_own", [0, 1, 6])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.7, 1.0])
+def test_matches_dense_attention(backend: Backend, num_own: int, share: float) -> None:
+    rows = some_rows(share)
+    tensors = make(num_own, LENGTHS, rows)
+    output = run(tensors, layout_of(rows, LENGTHS), backend)
+    expected = dense(tensors, rows, LENGTHS)
     assert output.shape == (len(rows), 48)
     torch.testing.assert_close(output, expected)
     upstream = torch.randn_like(output)
@@ -55,11 +81,65 @@ def test_matches_dense_attention(num_own: int, share: float) -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_gradient_through_the_merge_is_that_of_finite_differences() -> None:
+    rows = some_rows(0.5, [3, 5])
+    tensors = make(2, [3, 5], rows, head_dim=4)
+    layout = layout_of(rows, [3, 5])
+    assert torch.autograd.gradcheck(lambda *x: run(x, layout, "sdpa"), tensors)
+
+
+def test_rows_without_any_still_tie_every_tensor_to_the_loss() -> None:
+    """FSDP reduces gradients collectively: a rank without any would leave the others waiting."""
+    rows = torch.arange(0)
+    tensors = make(2, LENGTHS, rows)
+    output = run(tensors, layout_of(rows, LENGTHS), "auto")
+    for gradient in torch.autograd.grad(output.sum(), tensors):
+        assert not gradient.any()
+
+
 def test_softmax_is_float32_in_bfloat16() -> None:
-    rows = torch.arange(200)
-    tensors = make(1, [200], rows)
-    low = tuple(x.detach().bfloat16() for x in tensors)
-    output = run(low, rows, [200])
+    rows, layout = torch.arange(200), layout_of(torch.arange(200), [200])
+    low = tuple(x.detach().bfloat16() for x in make(1, [200], rows))
+    output = run(low, layout, "auto")
     assert output.dtype == torch.bfloat16
-    expected = run(tuple(x.double() for x in low), rows, [200])
+    expected = run(tuple(x.double() for x in low), layout, "auto")
     torch.testing.assert_close(output.double(), expected, atol=0.02, rtol=0.02)
+
+
+def test_automatic_choice() -> None:
+    assert choose_backend(torch.zeros(1, 1, 8)) == "sdpa"
+    assert choose_backend(torch.zeros(1, 1, 8, dtype=torch.bfloat16)) == "plain"
+
+
+@needs_gpu
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("flash", torch.bfloat16),
+        ("flash", torch.float16),
+        ("flex_attention", torch.bfloat16),
+        ("flex_attention", torch.float32),
+        ("plain", torch.float32),
+    ],
+)
+@pytest.mark.parametrize("num_own", [0, 6])
+@pytest.mark.parametrize("share", [0.02, 0.6, 1.0])
+def test_matches_dense_attention_on_a_gpu(
+    backend: Backend, dtype: torch.dtype, num_own: int, share: float
+) -> None:
+    lengths = [300, 1, 2, 517, 130]
+    rows = some_rows(share, lengths)
+    tensors = make(num_own, lengths, rows, head_dim=64, device="cuda")
+    low = tuple(x.detach().to(dtype).requires_grad_() for x in tensors)
+    exact = tuple(x.detach().double().requires_grad_() for x in low)
+    output = run(low, layout_of(rows, lengths, "cuda"), backend)
+    expected = dense(exact, rows, lengths)
+    assert output.dtype == dtype
+    upstream = torch.randn_like(expected)
+    found = torch.autograd.grad(output, low, upstream.to(dtype))
+    wanted = torch.autograd.grad(expected, exact, upstream)
+    # float32 products may run as TF32; of low precision the rounding of a few sums
+    limit = 2e-3 if dtype == torch.float32 else 2e-2
+    for a, b in zip([output, *found], [expected, *wanted], strict=True):
+        error = (a.double() - b).norm() / b.norm().clamp(min=1e-9)
+        assert error < limit, f"{error:.4f}"

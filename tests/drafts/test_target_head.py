@@ -1,4 +1,4 @@
-"""The target's head, and which of its rows are computed."""
+"""The target's head."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torchspec_hpc.drafts import target_head
-from torchspec_hpc.drafts.target_head import TargetHead, target_argmax
+from torchspec_hpc.drafts.target_head import TargetHead
 
 
 def make(dtype: torch.dtype = torch.float32) -> tuple[TargetHead, torch.Tensor]:
@@ -15,28 +15,25 @@ def make(dtype: torch.dtype = torch.float32) -> tuple[TargetHead, torch.Tensor]:
     return TargetHead(norm, lm_head, 1e-5), torch.randn(23, 16).to(dtype)
 
 
-def test_logits() -> None:
+def test_logits_of_all_and_of_kept_rows() -> None:
     head, y = make()
     normed = y / (y.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * head.norm
     logits = normed @ head.lm_head.T
-    torch.testing.assert_close(head(y), logits)
+    torch.testing.assert_close(head.logits(y), logits)
     kept = torch.tensor([3, 4, 49])
-    torch.testing.assert_close(head(y, kept), logits[:, kept])
+    torch.testing.assert_close(head.rows(kept).logits(y), logits[:, kept])
+    assert head.rows(None) is head
 
 
-def test_low_precision_states_give_float32_logits() -> None:
+def test_the_head_is_frozen() -> None:
     head, y = make(torch.bfloat16)
-    assert head(y).dtype == torch.float32
     assert not any(p.requires_grad for p in head.parameters())
+    assert not head.state_dict()
+    assert not head.logits(y.requires_grad_()).requires_grad
 
 
-def test_argmax_of_needed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(target_head, "ROWS_PER_CHUNK", 5)
+@pytest.mark.parametrize("num_rows", [0, 1, 23])
+def test_argmax_in_chunks(monkeypatch: pytest.MonkeyPatch, num_rows: int) -> None:
+    monkeypatch.setattr(target_head, "CHUNK_BYTES", {"cpu": 5 * 4 * 50})
     head, y = make()
-    expected = head(y).argmax(-1)
-    assert torch.equal(target_argmax(head, y), expected)
-    needed = torch.rand(23) < 0.5
-    found = target_argmax(head, y, needed)
-    assert torch.equal(found[needed], expected[needed])
-    assert not found[~needed].any()
-    assert not target_argmax(head, y, torch.zeros(23, dtype=torch.bool)).any()
+    assert torch.equal(head.argmax(y[:num_rows]), head.logits(y[:num_rows]).argmax(-1))

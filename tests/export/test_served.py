@@ -12,8 +12,8 @@ from torchspec_hpc.config.schema import ModelConfig
 from torchspec_hpc.drafts.batch import pack
 from torchspec_hpc.drafts.eagle3.config import Eagle3Config
 from torchspec_hpc.drafts.eagle3.model import Eagle3Draft
-from torchspec_hpc.drafts.eagle3.ttt import supervision
-from torchspec_hpc.drafts.target_head import TargetHead, target_argmax
+from torchspec_hpc.drafts.eagle3.plan import make_plan, scored_targets
+from torchspec_hpc.drafts.target_head import TargetHead
 from torchspec_hpc.export.checkpoint import DraftCheckpoint
 from torchspec_hpc.export.eagle3 import export_draft
 from torchspec_hpc.export.evaluate import ServeSettings, measure
@@ -77,19 +77,16 @@ def _overfit(
     head = TargetHead(tensors.norm, 5 * tensors.lm_head, spec.rms_norm_eps)
     mask = torch.arange(len(tokens)) >= num_prompt
     batch = pack([(tokens, mask, states)])
-    argmax = target_argmax(head, batch.last)
-    supervised = supervision(batch, argmax, draft.t2d, K)
+    plan = make_plan(batch, K, draft.t2d[head.argmax(batch.last[scored_targets(batch)])])
     optimizer = torch.optim.Adam(draft.parameters(), lr=3e-3)
     for _ in range(400):
-        output = draft(
-            batch, head, argmax, supervised, supervised.trained.sum(1), torch.full((K,), 1.0)
-        )
+        output = draft(batch, head.rows(kept), plan, plan.trained, torch.full((K,), 1.0))
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
-        if torch.equal(output.correct, output.scored):
+        if torch.equal(output.correct, plan.scored):
             break
-    assert torch.equal(output.correct, output.scored), "the draft did not learn the answer"
+    assert torch.equal(output.correct, plan.scored), "the draft did not learn the answer"
     weights = {name: p.detach() for name, p in draft.named_parameters()}
     draft_meta = {"config": config.to_dict()}
     meta = CheckpointMeta(1, 1, draft_meta, target=str(target), stream={}, world_size=1)

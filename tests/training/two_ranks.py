@@ -15,8 +15,7 @@ from tests.training import tiny
 from torchspec_hpc.config import RunDir
 from torchspec_hpc.config.checkpoint_files import Progress
 from torchspec_hpc.config.schema import TrainingConfig
-from torchspec_hpc.drafts.eagle3.ttt import supervision
-from torchspec_hpc.drafts.target_head import target_argmax
+from torchspec_hpc.drafts.eagle3.plan import make_plan, scored_targets
 from torchspec_hpc.training.checkpoint import Checkpointer
 from torchspec_hpc.training.optim import build_optimizer
 from torchspec_hpc.training.parallel import World, gather_over_ranks, join, shard
@@ -33,14 +32,12 @@ def reference(config: TrainingConfig) -> tuple[dict[str, torch.Tensor], list[flo
     draft = tiny.draft()
     optimizer = build_optimizer(draft, config)
     batch = tiny.batches([[i for share in SHARES for part in share for i in part]], EMPTY)[0]
-    argmax = target_argmax(tiny.head(), batch.last)
-    supervised = supervision(batch, argmax, draft.t2d, config.ttt_length)
+    choices = tiny.head().argmax(batch.last[scored_targets(batch)])
+    plan = make_plan(batch, config.ttt_length, draft.t2d[choices])
     norms = []
     for _ in range(NUM_STEPS):
-        num_trained = supervised.trained.sum(1)
-        output = draft(
-            batch, tiny.head(), argmax, supervised, num_trained, torch.tensor(step_weights(config))
-        )
+        weights = torch.tensor(step_weights(config))
+        output = draft(batch, tiny.head().rows(draft.kept_ids), plan, plan.trained, weights)
         output.loss.backward()
         norms.append(float(nn.utils.clip_grad_norm_(draft.parameters(), config.max_grad_norm)))
         optimizer.step()

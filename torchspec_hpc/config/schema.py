@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from torchspec_hpc.config.logging_schema import LoggingConfig
+from torchspec_hpc.config.objective_schema import ObjectiveConfig
 from torchspec_hpc.config.optim_schema import OptimConfig
 from torchspec_hpc.config.slurm_schema import SlurmConfig
 from torchspec_hpc.config.types import Bytes, Ints, ModelRef, PathStr, Section
@@ -72,7 +73,7 @@ class DatasetConfig(Section):
         return self
 
 
-class TrainingConfig(OptimConfig):
+class TrainingConfig(OptimConfig, ObjectiveConfig):
     """The trainers."""
 
     training_num_nodes: int = Field(1, ge=1, description="Nodes of trainers.")
@@ -101,15 +102,12 @@ class TrainingConfig(OptimConfig):
         ge=4,
         description="Tokens; longer samples keep their beginning and are counted as truncated.",
     )
-    ttt_length: int = Field(7, ge=1, description="Steps of the training-time test, K.")
-    ttt_loss_decay: float = Field(0.8, gt=0, le=1, description="Weight of TTT step i is decay^i.")
     fsdp_strategy: Literal["full_shard", "replicate"] = Field(
         "full_shard", description="Weights and optimizer state cut over ranks, or whole on each."
     )
     fsdp_reduce_dtype: Literal["bfloat16", "float32"] = Field(
         "float32", description="Of gradients while ranks add them up."
     )
-    gradient_checkpointing: bool = Field(False, description="No effect on this draft yet.")
     save_interval: int = Field(500, ge=0, description="Steps between checkpoints; 0: at the end.")
     save_per_epoch: bool = Field(False, description="A checkpoint after each epoch, too.")
     max_checkpoints: int = Field(

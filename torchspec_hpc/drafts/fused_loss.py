@@ -34,7 +34,7 @@ class Targets(NamedTuple):
     Attributes:
         head: The target's norm and the rows of its head that the draft's head has.
         last: [n, H], pre-norm outputs of the target's last layer at the target positions.
-        token: [n] int64, the data's next token as an index of the draft's vocabulary; -1: not in it.
+        token: [n] int64, the data's next token as an index of the draft's vocabulary; -1: none.
         pairs: [K, n] int64, row of ``states`` that predicts the target in each TTT step; any
             number from S on: none.
     """
@@ -84,7 +84,10 @@ def fused_loss(
     num_steps = len(targets.pairs)
     chunk = max(1, limit // (4 * weight.shape[0] * num_steps))
     loss_of = _loss_function(mix, compiled)
-    return FusedLoss(*_Fused.apply(states, weight, targets, scale, loss_of, chunk))
+    found = _Fused.apply(  # type: ignore[no-untyped-call]
+        states, weight, targets, scale, loss_of, chunk
+    )
+    return FusedLoss(*found)
 
 
 class _Fused(torch.autograd.Function):
@@ -137,12 +140,12 @@ class _Fused(torch.autograd.Function):
         return (sums * scale).sum(), sums, correct
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         d_states, d_weight = ctx.d_states, ctx.d_weight
         if d_states is None and d_weight is None:
-            return (None,) * 6
-        ctx.d_states = ctx.d_weight = None  # the caller's now, to change in place
+            raise RuntimeError("the fused loss keeps its gradients for one backward pass")
+        ctx.d_states = ctx.d_weight = None  # the caller's now: changed in place
         if d_states is not None:
             d_states = d_states.mul_(d_loss.to(d_states.dtype))
         if d_weight is not None:

@@ -2,8 +2,8 @@
 
 Every loss is a value per prediction and its gradient with respect to the draft's logits z, written
 out by hand: the fused head forms the gradient in the forward pass, chunk by chunk.
-``q = softmax(z)``; P is constant.  ``alpha = sum_v min(P_v, q_v)`` is the probability that speculative
-sampling accepts the draft's token (https://arxiv.org/abs/2211.17192).
+``q = softmax(z)``; P is constant.  ``alpha = sum_v min(P_v, q_v)`` is the probability that
+speculative sampling accepts the draft's token (https://arxiv.org/abs/2211.17192).
 """
 
 from __future__ import annotations

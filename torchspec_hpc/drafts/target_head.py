@@ -57,4 +57,4 @@ class TargetHead(nn.Module):
                 draft: leave out what nobody reads.
         """
         chunk = max(1, CHUNK_BYTES[y.device.type] // (4 * self.lm_head.shape[0]))
-        return torch.cat([self.logits(part).argmax(-1) for part in y.split(chunk)])
+        return torch.cat([self.logits(part).argmax(-1) for part in torch.split(y, chunk)])

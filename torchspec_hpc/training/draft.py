@@ -12,8 +12,10 @@ from torch import Tensor
 
 from torchspec_hpc.config import Config
 from torchspec_hpc.config.rundir import KEPT_IDS
+from torchspec_hpc.config.schema import TrainingConfig
 from torchspec_hpc.drafts.eagle3.config import Eagle3Config
-from torchspec_hpc.drafts.eagle3.model import Eagle3Draft
+from torchspec_hpc.drafts.eagle3.model import ComputeOptions, Eagle3Draft
+from torchspec_hpc.drafts.losses import LossMix
 from torchspec_hpc.drafts.target_head import TargetHead
 from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.target.spec import TargetSpec
@@ -65,8 +67,10 @@ def build_draft(
     )
     loaded = load_target_tensors(config.model, spec, getattr(torch, settings.compute_dtype))
     target = _on_device(loaded, world.device)
-    draft = Eagle3Draft(draft_config, target.embedding, kept_ids)
+    options = compute_options(settings, world.device)
+    draft = Eagle3Draft(draft_config, target.embedding, kept_ids, options)
     draft.initialize(target, settings.seed)
+    draft.lm_head.requires_grad_(not settings.freeze_lm_head)
     shard(draft.to(world.device), world, settings)
     num_parameters = sum(parameter.numel() for parameter in draft.parameters())
     logger.info("draft of %.1f M parameters over %d ranks", num_parameters / 1e6, world.size)
@@ -77,6 +81,19 @@ def build_draft(
     }
     return BuiltDraft(
         draft, TargetHead(target.norm, target.lm_head, spec.rms_norm_eps), description
+    )
+
+
+def compute_options(settings: TrainingConfig, device: torch.device) -> ComputeOptions:
+    """How the draft's training step is computed."""
+    loss, compile_ = settings.loss_type, settings.torch_compile
+    weights = {loss: 1.0} if isinstance(loss, str) else loss
+    return ComputeOptions(
+        attention_backend=settings.attention_backend,
+        loss=LossMix(tuple(weights.items()), settings.lk_eta),
+        gradient_checkpointing=settings.gradient_checkpointing,
+        compiled=device.type == "cuda" if compile_ == "auto" else compile_,
+        loss_chunk_bytes=settings.loss_chunk_mib and settings.loss_chunk_mib * 2**20,
     )
 
 

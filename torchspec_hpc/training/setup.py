@@ -58,8 +58,6 @@ def build_trainer(
         DeadlineExceeded: A service does not answer.
     """
     settings = config.training
-    if settings.gradient_checkpointing:
-        logger.warning("training.gradient_checkpointing has no effect on this draft yet")
     spec = TargetSpec.from_path(config.model.target_model_path)
     aux_layers = spec.aux_layers(config.inference.aux_hidden_states_layers)
     dataset = _open_dataset(config, world, config.dataset.train_data_path)

@@ -97,8 +97,8 @@ class Eagle3Step:
         """
         start = time.monotonic()
         plans = [self._plan(batch) for batch in batches or ()]
-        trained = sum((plan.trained for plan in plans), torch.zeros(self._ttt_length, dtype=torch.int64))
-        mine = torch.cat([trained, torch.tensor([flag, batches is None])])
+        trained = [torch.zeros(self._ttt_length, dtype=torch.int64), *(p.trained for p in plans)]
+        mine = torch.cat([torch.stack(trained).sum(0), torch.tensor([flag, batches is None])])
         shared = sum_over_ranks(mine.to(self._world.device))
         num_trained, (flagged, abandoned) = shared[:-2], (shared[-2:] > 0).tolist()
         if abandoned or batches is None:

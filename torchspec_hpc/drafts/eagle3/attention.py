@@ -32,11 +32,11 @@ class Layout(NamedTuple):
 
     Attributes:
         rows: On the CPU.
-        index: ``rows.index`` on the device.
+        positions: ``rows.index`` on the device.
     """
 
     rows: StepRows
-    index: Tensor
+    positions: Tensor
 
 
 class Kernel(Protocol):
@@ -75,12 +75,14 @@ def ttt_attention(
         out = _merge(q, *flex_attention(q, *block0, layout), own)
     else:
         kernel = (CpuFlash if name == "sdpa" else CudaFlash)(layout.rows)
-        out = _Merged.apply(kernel, q, *block0, *(x for pair in own for x in pair))
+        out = _Merged.apply(  # type: ignore[no-untyped-call]
+            kernel, q, *block0, *(x for pair in own for x in pair)
+        )
     return out.flatten(1)
 
 
 def choose_backend(q: Tensor) -> Backend:
-    """The fastest that works: ``sdpa`` on CPUs; on GPUs ``flash``, in float32 ``flex_attention``."""
+    """The fastest that works: ``sdpa`` on CPUs, ``flash`` on GPUs or, in float32, flex."""
     if q.device.type == "cpu":
         return "sdpa" if q.dtype in (torch.float32, torch.float64) else "plain"
     if q.dtype in (torch.float16, torch.bfloat16):
@@ -93,7 +95,9 @@ def _merge(q: Tensor, out: Tensor, lse: Tensor, own: Sequence[KeyValue]) -> Tens
     if not own:
         return out
     scores = [_own_scores(q, k) for k, _ in own]
-    weights = torch.stack([lse, *scores]).softmax(0).to(out.dtype)[..., None]  # [1 + i, R, heads, 1]
+    weights = (
+        torch.stack([lse, *scores]).softmax(0).to(out.dtype)[..., None]
+    )  # [1 + i, R, heads, 1]
     total = weights[0] * out
     for weight, (_, v) in zip(weights[1:], own, strict=True):
         total = total + weight * _per_query(v, q)
@@ -118,7 +122,7 @@ class _Merged(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *own = ctx.saved_tensors
         d_q, d_k, d_v = ctx.kernel.backward(d_out, q, k, v, out, lse)
@@ -137,12 +141,14 @@ class _Merged(torch.autograd.Function):
 
 def _own_scores(q: Tensor, k: Tensor) -> Tensor:
     """[R, heads], float32 or better."""
-    return _dot(q, _per_query(k, q)) * q.shape[-1] ** -0.5
+    scale: float = q.shape[-1] ** -0.5
+    return _dot(q, _per_query(k, q)) * scale
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Products of the last dimension, added up in float32 or better."""
-    return (a * b).sum(-1, dtype=torch.promote_types(a.dtype, torch.float32))
+    product: Tensor = a * b
+    return product.sum(-1, dtype=torch.promote_types(a.dtype, torch.float32))
 
 
 def _per_query(x: Tensor, q: Tensor) -> Tensor:
@@ -152,7 +158,8 @@ def _per_query(x: Tensor, q: Tensor) -> Tensor:
 
 def _per_key(d_x: Tensor, x: Tensor) -> Tensor:
     """Adds up what the query heads of a group send back."""
-    return d_x.unflatten(1, (x.shape[1], -1)).sum(2)
+    group = d_x.shape[1] // x.shape[1]
+    return d_x.view(len(x), x.shape[1], group, x.shape[2]).sum(2)
 
 
 def _plain(q: Tensor, block0: KeyValue, own: Sequence[KeyValue], layout: Layout) -> Tensor:
@@ -166,7 +173,7 @@ def _plain(q: Tensor, block0: KeyValue, own: Sequence[KeyValue], layout: Layout)
         outputs.append(
             _plain_document(
                 q[here],
-                layout.index[here] - start,
+                layout.positions[here] - start,
                 (block0[0][there], block0[1][there]),
                 [(k[here], v[here]) for k, v in own],
             )
@@ -188,8 +195,8 @@ def _plain_document(
     scores += [(q * _per_query(k, q)).sum(-1).T[..., None] * scale for k, _ in own]
     wide = torch.promote_types(q.dtype, torch.float32)
     weights = torch.cat(scores, dim=-1).softmax(-1, dtype=wide).to(values.dtype)
-    over_block0, *over_own = weights.split([keys.shape[1]] + [1] * len(own), dim=-1)
-    out = (over_block0 @ values).transpose(0, 1)
+    over_block0, *over_own = torch.split(weights, [keys.shape[1]] + [1] * len(own), dim=-1)
+    out: Tensor = (over_block0 @ values).transpose(0, 1)
     for weight, (_, v) in zip(over_own, own, strict=True):
         out = out + weight.transpose(0, 1) * _per_query(v, q)
     return out

@@ -10,7 +10,11 @@ from torch import Tensor
 
 from torchspec_hpc.drafts.eagle3.plan import StepRows
 
-_aten = torch.ops.aten
+# PyTorch's own kernels: what its public functions call, with the log-sum-exp that they hide
+_cpu_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
+_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward  # noqa: SLF001
+_cuda_forward = torch.ops.aten._flash_attention_forward  # noqa: SLF001
+_cuda_backward = torch.ops.aten._flash_attention_backward  # noqa: SLF001
 Gradients = tuple[Tensor, Tensor, Tensor]
 
 
@@ -56,7 +60,7 @@ class CpuFlash:
         d_out, q, out, lse = (x.index_select(0, self._order) for x in (d_out, q, out, lse))
         d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for part in (part for parts in self._runs for part in parts):
-            found = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            found = _cpu_backward(
                 *(_batched(x[part.rows]) for x in (d_out, q)),
                 *(_batched(x[part.keys]) for x in (k, v)),
                 _batched(out[part.rows]),
@@ -72,7 +76,7 @@ class CpuFlash:
 
     @staticmethod
     def _attend(q: Tensor, k: Tensor, v: Tensor, part: _Part) -> tuple[Tensor, Tensor]:
-        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
+        out, lse = _cpu_forward(
             _batched(q[part.rows]), *(_batched(x[part.keys]) for x in (k, v)), 0.0, part.is_causal
         )
         return out[0].transpose(0, 1), lse[0].T
@@ -128,7 +132,7 @@ class CudaFlash:
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`~torchspec_hpc.drafts.eagle3.attention.Kernel`."""
         self._to(q.device)
-        out, lse, self._rng, self._unused, _ = _aten._flash_attention_forward(
+        out, lse, self._rng, self._unused, _ = _cuda_forward(
             self._spread(q), k, v, *self._lengths(), 0.0, True, False
         )
         return out[self._slots], lse.T[self._slots]
@@ -137,7 +141,7 @@ class CudaFlash:
         self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> Gradients:
         """See :class:`~torchspec_hpc.drafts.eagle3.attention.Kernel`."""
-        d_q, d_k, d_v = _aten._flash_attention_backward(
+        d_q, d_k, d_v = _cuda_backward(
             self._spread(d_out),
             self._spread(q),
             k,

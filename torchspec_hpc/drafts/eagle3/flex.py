@@ -19,7 +19,7 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Ten
         Output [R, heads, head_dim] and log-sum-exp [R, heads] in float32, both differentiable.
     """
     attend, make_mask = _compiled()
-    rows, ends = layout.index, layout.rows.cu_seqlens[1:].to(q.device)
+    rows, ends = layout.positions, layout.rows.cu_seqlens[1:].to(q.device)
     document_of_key = torch.searchsorted(ends, torch.arange(len(k), device=q.device), right=True)
     document_of_row = document_of_key[rows]
 

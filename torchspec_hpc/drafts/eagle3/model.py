@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -101,10 +102,10 @@ class MidLayer(nn.Module):
         """Adds what attention read [R, heads * head_dim] and the MLP to ``hidden`` [R, H]."""
         norm, mlp = self.post_attention_layernorm, self.mlp
         weights = (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
-        function = fused(_output, compiled)
-        return function(
+        updated: Tensor = fused(_output, compiled)(
             hidden, attended, self.self_attn.o_proj.weight, norm.weight, norm.eps, *weights
         )
+        return updated
 
 
 def _project(
@@ -133,7 +134,8 @@ def _project(
         [R, *, head_dim] each: rotated heads, and the others.
     """
     x = embeds.index_select(0, tokens) + F.linear(rms_norm(hidden, norm, eps), weight)
-    x = x.unflatten(1, (-1, cos_sin[0].shape[1]))
+    head_dim = cos_sin[0].shape[1]
+    x = x.view(len(x), x.shape[1] // head_dim, head_dim)
     num_rotated = x.shape[1] - num_plain
     return rotate(x[:, :num_rotated], cos_sin), x[:, num_rotated:]
 
@@ -301,18 +303,17 @@ class Eagle3Draft(nn.Module):
         hidden, frequencies, positions = (
             x.index_select(0, rows) for x in (hidden, frequencies, positions)
         )
+        run: Callable[..., tuple[Tensor, ...]] = self._step
+        if self.options.gradient_checkpointing and torch.is_grad_enabled():
+            run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
         own: list[Tensor] = []
         for step, here in enumerate(plan.steps):
             count = len(here.index)
             layout = Layout(here, rows[:count])
             cos_sin = self.rope.cos_sin(positions[:count] + step, frequencies[:count])
-            arguments = (embeds, hidden[:count], for_hidden, cos_sin, step, layout, block0, *own)
-            if self.options.gradient_checkpointing and torch.is_grad_enabled():
-                hidden, *new = checkpoint(
-                    self._step, *arguments, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                hidden, *new = self._step(*arguments)
+            hidden, *new = run(
+                embeds, hidden[:count], for_hidden, cos_sin, step, layout, block0, *own
+            )
             own += new
             yield hidden
 
@@ -339,16 +340,15 @@ class Eagle3Draft(nn.Module):
             block0: Keys and values of all positions.
             own: Keys and values, in turn, of steps 1..i-1 at the rows they computed.
         """
-        tokens = layout.index + 1 + step
+        tokens = layout.positions + 1 + step
         num_queries = self.config.num_attention_heads * self.config.head_dim
         if step == 0:
             embeds, weight = embeds[:, :num_queries], weight[:num_queries]
             queries, _ = self._project(embeds, tokens, hidden, weight, cos_sin, num_plain=0)
         else:
             rotated, values = self._project(embeds, tokens, hidden, weight, cos_sin)
-            queries, keys = rotated.split(
-                [self.config.num_attention_heads, self.config.num_key_value_heads], dim=1
-            )
+            heads = [self.config.num_attention_heads, self.config.num_key_value_heads]
+            queries, keys = torch.split(rotated, heads, dim=1)
             own = (*own, keys, values)
         pairs = list(zip(own[::2], own[1::2], strict=True))
         attended = ttt_attention(queries, block0, pairs, layout, self.options.attention_backend)
@@ -366,5 +366,7 @@ class Eagle3Draft(nn.Module):
         norm = self.midlayer.hidden_norm
         if num_plain is None:
             num_plain = self.config.num_key_value_heads
-        function = fused(_project, self.options.compiled)
-        return function(embeds, tokens, hidden, norm.weight, norm.eps, weight, cos_sin, num_plain)
+        heads: tuple[Tensor, Tensor] = fused(_project, self.options.compiled)(
+            embeds, tokens, hidden, norm.weight, norm.eps, weight, cos_sin, num_plain
+        )
+        return heads

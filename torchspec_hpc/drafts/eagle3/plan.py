@@ -1,8 +1,9 @@
 """Training-time test: which rows a step computes, and what they are compared with.
 
-TTT step ``i`` at position ``t`` has read ``x_0 .. x_{t+1+i}`` and predicts ``x_{t+2+i}``; its target
-is the target model's distribution at position ``t+1+i``.  Seen from there: a *target position* ``j``
-teaches step ``i`` at ``t = j-1-i``, for every ``i`` at once, as long as ``t`` is in the document.
+TTT step ``i`` at position ``t`` has read ``x_0 .. x_{t+1+i}`` and predicts ``x_{t+2+i}``; its
+target is the target model's distribution at position ``t+1+i``.  Seen from there: a *target
+position* ``j`` teaches step ``i`` at ``t = j-1-i``, for every ``i`` at once, as long as ``t`` is in
+the document.
 """
 
 from __future__ import annotations
