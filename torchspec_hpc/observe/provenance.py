@@ -32,7 +32,7 @@ def provenance() -> dict[str, Any]:
         "argv": sys.argv,
         "python": f"{platform.python_version()} {sys.executable}",
         "git": git_state(Path(torchspec_hpc.__file__).parent),
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
@@ -65,7 +65,8 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Installed versions of what results may depend on; what is not installed is left out."""
     found = {}
     for name in _DISTRIBUTIONS:
         with contextlib.suppress(metadata.PackageNotFoundError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from torchspec_hpc.errors import ConfigError
@@ -61,3 +62,25 @@ def _unreachable(repo_id: str, name: str, error: Exception) -> ConfigError:
         allowed="a model directory, or a hub id that this machine can download or has in its cache",
         hint=f"where there is a network: hf download {repo_id}; compute nodes then read the cache",
     )
+
+
+def fingerprint(model_path: str) -> str:
+    """Changes when the files of a model do; quick, so contents of weights are not read.
+
+    Args:
+        model_path: Directory of the model or its hub id.
+
+    Raises:
+        ConfigError: There is no such model.
+    """
+    config = model_file(model_path, "config.json")
+    if config is None:
+        raise ConfigError(f"model.target_model_path = {model_path} has no config.json")
+    if not Path(model_path).is_dir():
+        return config.parent.name  # in the hub's cache: the commit
+    digest = hashlib.sha256(config.read_bytes())
+    for file in sorted(config.parent.iterdir()):
+        if file.suffix in (".safetensors", ".bin", ".pt", ".py"):
+            stat = file.stat()
+            digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()

@@ -1,24 +1,25 @@
-"""Held-out samples: their hidden states are asked for once and kept."""
+"""Held-out samples: their hidden states are asked for once and kept, in memory and on disk."""
 
 from __future__ import annotations
 
 import logging
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from torchspec_hpc.config.checkpoint_files import Progress
 from torchspec_hpc.config.schema import TrainingConfig
 from torchspec_hpc.data.dataset import TokenDataset
+from torchspec_hpc.data.sample import Sample
 from torchspec_hpc.data.sampler import Sampler
-from torchspec_hpc.drafts.batch import PackedBatch
-from torchspec_hpc.training.batches import MicroBatches
-from torchspec_hpc.training.parallel import World
+from torchspec_hpc.drafts.batch import PackedBatch, pack
+from torchspec_hpc.training.parallel import World, sum_over_ranks
 from torchspec_hpc.training.prefetch import HiddenStates
-
-#: Of all ranks together: their hidden states stay in memory.
-MAX_TOKENS = 100_000
+from torchspec_hpc.training.state_cache import StateCache
+from torchspec_hpc.transfer.feed import GaveUp
 
 logger = logging.getLogger(__name__)
 
@@ -27,55 +28,109 @@ class EvaluationSet:
     """This rank's share of the held-out samples.
 
     Args:
-        dataset: Its first samples are used, up to :data:`MAX_TOKENS`.
-        states: Where hidden states are asked for.
+        dataset: Its first samples are used.
+        states: Where hidden states are asked for that the cache does not hold.
+        cache: Of hidden states.
         world: The training group.
-        config: Of the training.
-        window_tokens: See :class:`~torchspec_hpc.training.batches.MicroBatches`.
+        config: How samples share micro-batches.
+        max_tokens: Of the samples that are used, all ranks together.
+        window_tokens: Never ask for more tokens than this at a time, beyond one sample.
     """
 
     def __init__(
         self,
         dataset: TokenDataset,
         states: HiddenStates,
+        cache: StateCache,
         world: World,
         config: TrainingConfig,
+        max_tokens: int,
         window_tokens: int,
     ) -> None:
-        num_samples = max(1, int((dataset.lengths.cumsum(dtype=np.int64) <= MAX_TOKENS).sum()))
+        num_samples = max(1, int((dataset.lengths.cumsum(dtype=np.int64) <= max_tokens).sum()))
         if num_samples < len(dataset):
-            logger.warning("evaluating on the first %d of %d samples", num_samples, len(dataset))
-        sampler = Sampler(dataset.lengths[:num_samples], config, shuffle=False)
-        num_packs = sampler.end_of(1)
-        self._num_mine = len(range(world.rank, num_packs, world.size))
-        self._num_steps = -(-num_packs // world.size)
-        self._stream = MicroBatches(
-            dataset,
-            sampler,
-            states,
-            world,
-            config.model_copy(update={"draft_accumulation_steps": 1}),
-            Progress(),
-            self._num_steps,
-            window_tokens,
-            name="eval",
-        )
+            logger.warning(
+                "evaluating on the first %d of %d samples: dataset.eval_max_tokens = %d",
+                num_samples,
+                len(dataset),
+                max_tokens,
+            )
+        self._dataset, self._states, self._cache = dataset, states, cache
+        self._world, self._window_tokens = world, window_tokens
+        self._packs = Sampler(dataset.lengths[:num_samples], config, shuffle=False)
         self._batches: list[PackedBatch] = []
 
-    def batches(self) -> list[PackedBatch]:
-        """The micro-batches, as many on every rank; the first call waits for hidden states.
+    def batches(self, give_up: Callable[[], bool]) -> list[PackedBatch]:
+        """The micro-batches, as many on every rank, which all call it.
 
-        A stop waits with it: ranks that gave up on their own would leave the others hanging.
+        Args:
+            give_up: Asked while the first call waits for engines; True ends the wait.
+
+        Raises:
+            GaveUp: On all ranks, if `give_up` has said so on any.
         """
         if not self._batches:
-            made = [
-                batch for _ in range(self._num_steps) for batch in self._stream.next_step().batches
-            ]
-            # the stream begins again behind the last pack: that share only keeps ranks in step
-            padding = map(_unsupervised, made[self._num_mine :])
-            self._batches = [*made[: self._num_mine], *padding]
+            made: list[PackedBatch] = []
+            try:
+                made = self._make(give_up)
+            except GaveUp as gave_up:
+                logger.info("%s", gave_up)
+            # a rank that went on, or left, alone would hang in the next collective
+            num_waiting = torch.tensor([not made], dtype=torch.int64, device=self._world.device)
+            if int(sum_over_ranks(num_waiting)):
+                raise GaveUp("a stop was asked for before all held-out samples were here")
+            self._batches = made
         return self._batches
 
+    def _make(self, give_up: Callable[[], bool]) -> list[PackedBatch]:
+        num_packs, size = self._packs.end_of(1), self._world.size
+        mine = range(self._world.rank, num_packs, size)
+        # a rank without a pack takes the first; without supervision it only keeps ranks in step
+        packs = [self._samples_at(position) for position in mine or range(1)]
+        states = self._states_of([sample for samples in packs for sample in samples], give_up)
+        batches = [
+            pack([(s.input_ids, s.loss_mask, states.pop(s.index)) for s in samples])
+            for samples in packs
+        ]
+        empty = replace(batches[-1], loss_mask=torch.zeros_like(batches[-1].loss_mask))
+        supervised = batches[: len(mine)]
+        return supervised + [empty] * (-(-num_packs // size) - len(supervised))
 
-def _unsupervised(batch: PackedBatch) -> PackedBatch:
-    return replace(batch, loss_mask=torch.zeros_like(batch.loss_mask))
+    def _samples_at(self, position: int) -> list[Sample]:
+        return [self._dataset[int(index)] for index in self._packs.samples_at(position)]
+
+    def _states_of(self, samples: list[Sample], give_up: Callable[[], bool]) -> dict[int, Tensor]:
+        """Hidden states by sample."""
+        found, missing = {}, []
+        for sample in samples:
+            if (states := self._cache.read(sample)) is None:
+                missing.append(sample)
+            else:
+                found[sample.index] = states
+        logger.info("held-out samples: %d in %s", len(found), self._cache.folder)
+        for sample, states in self._answers(deque(missing), give_up):
+            self._cache.write(sample, states)
+            found[sample.index] = states
+        return found
+
+    def _answers(
+        self, samples: deque[Sample], give_up: Callable[[], bool]
+    ) -> Iterator[tuple[Sample, Tensor]]:
+        """Asks the engines, as far ahead as the window allows."""
+        asked: deque[Sample] = deque()
+        num_tokens = 0
+        while samples or asked:
+            while samples and (
+                not asked or num_tokens + len(samples[0].input_ids) <= self._window_tokens
+            ):
+                sample = samples.popleft()
+                self._states.submit(_ticket(sample), sample.input_ids)
+                asked.append(sample)
+                num_tokens += len(sample.input_ids)
+            sample = asked.popleft()
+            yield sample, self._states.take(_ticket(sample), give_up)
+            num_tokens -= len(sample.input_ids)
+
+
+def _ticket(sample: Sample) -> str:
+    return f"eval-{sample.index}"

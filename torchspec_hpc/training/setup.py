@@ -26,6 +26,7 @@ from torchspec_hpc.training.evaluation import EvaluationSet
 from torchspec_hpc.training.meter import EngineMonitor
 from torchspec_hpc.training.optim import build_optimizer
 from torchspec_hpc.training.parallel import World, seed_rank
+from torchspec_hpc.training.state_cache import StateCache
 from torchspec_hpc.training.step import Eagle3Step
 from torchspec_hpc.training.trainer import Trainer
 from torchspec_hpc.training.vocabulary import load_kept_ids
@@ -90,7 +91,15 @@ def build_trainer(
         progress=progress,
         num_steps=num_steps,
         sampler=sampler,
-        evaluation=EvaluationSet(held_out[0], feed, world, settings, window_tokens)
+        evaluation=EvaluationSet(
+            held_out[0],
+            feed,
+            StateCache(config, spec, aux_layers, world.device.type),
+            world,
+            settings,
+            config.dataset.eval_max_tokens,
+            window_tokens,
+        )
         if held_out
         else None,
     )

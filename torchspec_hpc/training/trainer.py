@@ -136,12 +136,23 @@ class Trainer:
         self._skipped.count(self._progress.step, result)
         costs = _costs(data, before, self._feed.stats(), time.monotonic() - start)
         values = self._meter.measure(result, costs)
+        stop = result.flagged
         if self._evaluation is not None and self._evaluation_is_due():
-            values |= self._meter.evaluate(self._step.evaluate(self._evaluation.batches()))
-            self._accept_len = values["eval/accept_len"]
+            try:
+                values |= self._evaluate(self._evaluation)
+            except GaveUp as gave_up:
+                logger.info("step %d is not evaluated: %s", self._progress.step, gave_up)
+                stop = True
         if self._metrics is not None:
             self._report(values | {"train/lr": learning_rate})
-        return result.flagged
+        return stop
+
+    def _evaluate(self, evaluation: EvaluationSet) -> dict[str, float]:
+        """Measures the draft on held-out samples; raises ``GaveUp`` on all ranks or on none."""
+        batches = evaluation.batches(give_up=self._run.stop.exists)
+        values = self._meter.evaluate(self._step.evaluate(batches))
+        self._accept_len = values["eval/accept_len"]
+        return values
 
     def _new_best(self) -> float | None:
         """Acceptance length of this step's evaluation, if it is the best of the run so far."""
