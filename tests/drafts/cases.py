@@ -17,6 +17,7 @@ from torchspec_hpc.target.weights import TargetTensors
 
 THETA = 10000.0
 EPS = 1e-5
+DEFAULT_OPTIONS = ComputeOptions()
 Document = tuple[Tensor, Tensor, Tensor]
 
 
@@ -94,7 +95,7 @@ def make_case(
     pruned: bool,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
-    options: ComputeOptions = ComputeOptions(),
+    options: ComputeOptions = DEFAULT_OPTIONS,
 ) -> Case:
     generator = torch.Generator().manual_seed(seed)
     config = make_config(draft_vocab=25 if pruned else 40)

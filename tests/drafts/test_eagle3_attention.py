@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchspec_hpc.drafts.batch import PackedBatch
 from torchspec_hpc.drafts.eagle3.attention import Backend, Layout, choose_backend, ttt_attention
 from torchspec_hpc.drafts.eagle3.plan import StepRows
 
