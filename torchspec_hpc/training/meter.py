@@ -112,7 +112,7 @@ class Meter:
             **self._learning("train", sums),
             "train/grad_norm": result.grad_norm,
             "train/supervised_share": float(sums[3, 0]) / total["tokens"],
-            "train/rows_left_out_share": 1 - total["rows"] / max(1, total["all_rows"]),
+            "train/rows_left_out_share": 1 - total["rows"] / total["all_rows"],
             **worst,
             **self._speed(total, worst["time/step_s"], worst["time/wait_s"]),
         }
