@@ -73,6 +73,17 @@ def test_evaluation_needs_data() -> None:
     )
 
 
+def test_micro_batches_count_tokens_or_samples() -> None:
+    refuse(
+        TrainingConfig,
+        {"micro_batch_tokens": 4096, "micro_batch_size": 2},
+        "micro_batch_tokens = 4096 and micro_batch_size = 2 are both given; allowed: one of them",
+    )
+    assert TrainingConfig(max_seq_length=512).pack_tokens == 512
+    assert TrainingConfig(micro_batch_tokens=4096).pack_tokens == 4096
+    assert TrainingConfig(micro_batch_size=2).pack_tokens is None
+
+
 def test_weights_need_a_checkpoint() -> None:
     refuse(TrainingConfig, {"continual_training": True}, "continual_training = true needs load_p")
 

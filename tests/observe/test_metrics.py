@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import math
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.helpers import read_jsonl
-from torchspec_hpc.config.rundir import RunDir
+from torchspec_hpc.config import Config, RunDir, parse_config
 from torchspec_hpc.observe.metrics import MetricsWriter
 
 
@@ -19,8 +20,25 @@ def run(tmp_path: Path) -> RunDir:
     return run
 
 
-def write(run: RunDir, steps: range, offset: float = 0.0, report_to=("tensorboard",)) -> None:
-    with closing(MetricsWriter(run, report_to, steps.start)) as writer:
+def config(**logging: object) -> Config:
+    raw = {
+        "output_dir": "/runs",
+        "model": {"target_model_path": "/models/tiny"},
+        "dataset": {"train_data_path": "/data/train.jsonl"},
+        "logging": logging,
+    }
+    return parse_config(raw, base_dir=Path("/"), source="test")
+
+
+@contextmanager
+def writing(run: RunDir, first_step: int = 1, **logging: object) -> Iterator[MetricsWriter]:
+    writer = MetricsWriter(config(**logging), run, first_step)
+    yield writer
+    writer.close(failed=False)
+
+
+def write(run: RunDir, steps: range, offset: float = 0.0, **logging: object) -> None:
+    with writing(run, steps.start, **logging) as writer:
         for step in steps:
             writer.write(step, {"train/loss": step + offset})
 
@@ -39,16 +57,16 @@ def test_a_resumed_run_has_one_curve_without_duplicates(run: RunDir):
 
 
 def test_a_line_cut_short_by_a_kill_is_removed(run: RunDir):
-    write(run, range(1, 4), report_to=("none",))
+    write(run, range(1, 4), report_to="none")
     with run.metrics.open("a") as file:
         file.write('{"step": 4, "train/lo')
-    write(run, range(4, 5), report_to=("none",))
+    write(run, range(4, 5), report_to="none")
     assert [row["step"] for row in read_jsonl(run.metrics)] == [1, 2, 3, 4]
     assert not run.tensorboard.exists()
 
 
 def test_what_is_not_finite_is_null_and_no_point(run: RunDir):
-    with closing(MetricsWriter(run, ("tensorboard",), 1)) as writer:
+    with writing(run) as writer:
         writer.write(1, {"train/loss": math.nan, "train/lr": 0.1})
         writer.write(2, {"train/loss": 2.0, "train/lr": math.inf})
     assert read_jsonl(run.metrics)[0] == {"step": 1, "train/loss": None, "train/lr": 0.1}
@@ -57,13 +75,13 @@ def test_what_is_not_finite_is_null_and_no_point(run: RunDir):
 
 def test_floats_are_exact(run: RunDir):
     value = 0.1 + 0.2
-    with closing(MetricsWriter(run, ("none",), 1)) as writer:
+    with writing(run, report_to="none") as writer:
         writer.write(1, {"train/loss": value})
     assert read_jsonl(run.metrics)[0]["train/loss"] == value
 
 
 def test_the_board_gets_every_interval_th_step(run: RunDir):
-    with closing(MetricsWriter(run, ("tensorboard",), 1, interval=2)) as writer:
+    with writing(run, log_interval=2) as writer:
         for step in range(1, 6):
             writer.write(step, {"train/loss": float(step)})
     assert points(run) == [(2, 2.0), (4, 4.0)]

@@ -73,7 +73,11 @@ class Run:
     def learning(self) -> list[dict[str, Any]]:
         """What must not depend on time: everything but speeds and transfers."""
         return [
-            {tag: value for tag, value in record.items() if not tag.startswith(("thr", "transfer"))}
+            {
+                tag: value
+                for tag, value in record.items()
+                if not tag.startswith(("throughput", "time", "memory", "transfer"))
+            }
             for record in self.records()
         ]
 
@@ -92,11 +96,15 @@ def make_run(
     endpoints: Endpoints,
     engine: Producer,
 ) -> Iterator[MakeRun]:
-    """Makes runs of 8 steps of 4 samples; keyword arguments are settings of `training`."""
+    """Makes runs of 8 steps; keyword arguments are settings of `training`."""
     held_out = write_jsonl(tmp_path / "held_out.jsonl", conversations(5))
 
     def make(
-        name: str, data: Path = tiny_conversations, evaluate: bool = False, **training: object
+        name: str,
+        data: Path = tiny_conversations,
+        evaluate: bool = False,
+        shuffle: bool = True,
+        **training: object,
     ) -> Run:
         run = RunDir(tmp_path / name)
         run.create()
@@ -108,6 +116,7 @@ def make_run(
                 "train_data_path": str(data),
                 "eval_data_path": str(held_out) if evaluate else None,
                 "eval_interval": 3 if evaluate else 0,
+                "shuffle_dataset": shuffle,
             },
             "training": {
                 "device": "cpu",

@@ -77,6 +77,7 @@ def stream():
         start: Progress | None = None,
         num_steps: int = 5,
         window_tokens: int = 10**6,
+        device: str = "cpu",
         **settings: object,
     ) -> MicroBatches:
         config = settings_of(**settings)
@@ -85,7 +86,7 @@ def stream():
                 Samples(),
                 Sampler(LENGTHS, config, shuffle=True),
                 states,
-                World(rank, size, torch.device("cpu")),
+                World(rank, size, torch.device(device)),
                 config,
                 start or Progress(),
                 num_steps,
@@ -146,6 +147,18 @@ def test_batches_do_not_depend_on_time(stream):
             assert vars(one).keys() == vars(other).keys()
             for name, value in vars(one).items():
                 assert torch.equal(value, vars(other)[name]), name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_for_a_gpu_are_pinned(stream):
+    plain, pinned = stream(States()), stream(States(), device="cuda:0")
+    for _ in range(5):
+        pairs = zip(plain.next_step().batches, pinned.next_step().batches, strict=True)
+        for one, other in pairs:
+            moved = other.to("cuda:0", torch.float32)
+            for name, value in vars(one).items():
+                assert vars(other)[name].is_pinned(), name
+                assert torch.equal(value, vars(moved)[name].cpu()), name
 
 
 def test_asks_ahead_across_steps_and_no_further_than_the_end(stream):

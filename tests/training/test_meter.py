@@ -16,7 +16,7 @@ from torchspec_hpc.transfer.control import ControlClient
 @pytest.fixture
 def meter() -> Iterator[Meter]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield Meter(World(0, 1, torch.device("cpu")), [1.0, 0.5, 0.25])
+    yield Meter(World(0, 1, torch.device("cpu")), [1.0, 0.5, 0.25], peak_flops=4e15)
     dist.destroy_process_group()
 
 
@@ -24,9 +24,32 @@ def meter() -> Iterator[Meter]:
 SUMS = torch.tensor([[8.0, 9.0, 0.0], [5, 2, 0], [10, 8, 0], [4, 3, 0]], dtype=torch.float64)
 
 
+def costs(**values: float) -> Costs:
+    settings = {
+        "num_tokens": 100,
+        "num_bytes": 4000,
+        "num_retries": 1,
+        "wait_s": 0.5,
+        "step_s": 2.0,
+        "checkpoint_s": 0.75,
+        "memory_bytes": 2**40 + 1,
+    }
+    return Costs(**settings | values)
+
+
+def result(**values: float) -> StepResult:
+    settings = {
+        "flops": 3e15,
+        "rows_computed": 240,
+        "rows_total": 300,
+        "compute_s": 1.25,
+        "optimizer_s": 0.125,
+    }
+    return StepResult(SUMS, 0.25, applied=True, flagged=False, **settings | values)
+
+
 def test_numbers_of_a_step(meter: Meter):
-    costs = Costs(num_tokens=100, num_bytes=4000, num_retries=1, wait_s=0.5, step_s=2.0)
-    values = meter.measure(StepResult(SUMS, 0.25, applied=True, flagged=False), costs)
+    values = meter.measure(result(), costs())
     assert values == pytest.approx(
         {
             "train/loss": 2.0 + 0.5 * 3.0,
@@ -36,17 +59,42 @@ def test_numbers_of_a_step(meter: Meter):
             "train/acc_step_1": 0.25,
             "train/accept_len": 1 + 0.5 + 0.5 * 0.25,
             "train/grad_norm": 0.25,
+            "train/supervised_share": 0.04,
+            "train/rows_left_out_share": 0.2,
             "throughput/tokens_per_s": 50.0,
             "throughput/train_tokens_per_s": 100 / 1.5,
-            "throughput/step_s": 2.0,
             "throughput/wait_share": 0.25,
+            "throughput/flops_per_s": 1.5e15,
+            "throughput/mfu": 0.375,
+            "time/step_s": 2.0,
+            "time/wait_s": 0.5,
+            "time/compute_s": 1.25,
+            "time/optimizer_s": 0.125,
+            "time/checkpoint_s": 0.75,
+            "memory/peak_bytes": 2**40 + 1,
             "transfer/bytes_per_s": 2000.0,
             "transfer/bytes_per_token": 40.0,
             "transfer/retries": 1.0,
-        }
+        },
+        rel=1e-15,
     )
     described = {tag.replace("<i>", i) for tag in TAGS for i in "012"}
     assert values.keys() <= described
+
+
+def test_there_is_no_mfu_where_the_peak_is_not_known(meter: Meter):
+    values = Meter(meter._world, [1.0, 0.5, 0.25]).measure(result(), costs())
+    assert "throughput/mfu" not in values
+    assert values["throughput/flops_per_s"] == 1.5e15
+
+
+@pytest.mark.parametrize("peak_flops", [4e15, None])
+def test_a_step_costs_one_collective(meter: Meter, monkeypatch, peak_flops):
+    calls = []
+    gather = dist.all_gather
+    monkeypatch.setattr(dist, "all_gather", lambda *a: (calls.append(a), gather(*a)))
+    Meter(meter._world, [1.0, 0.5, 0.25], peak_flops).measure(result(), costs())
+    assert len(calls) == 1
 
 
 def test_numbers_of_an_evaluation(meter: Meter):

@@ -7,7 +7,7 @@ import torch
 
 from torchspec_hpc.errors import TorchspecError
 from torchspec_hpc.training.step import StepResult
-from torchspec_hpc.training.trainer import MAX_SKIPPED_IN_A_ROW, SkippedSteps
+from torchspec_hpc.training.trainer import SkipLimit
 
 
 def result(applied: bool) -> StepResult:
@@ -15,12 +15,17 @@ def result(applied: bool) -> StepResult:
 
 
 def test_a_run_survives_bad_steps_but_not_too_many_in_a_row():
-    skipped = SkippedSteps()
-    for step in range(1, MAX_SKIPPED_IN_A_ROW):
-        skipped.count(step, result(applied=False))
-    skipped.count(MAX_SKIPPED_IN_A_ROW, result(applied=True))
-    assert (skipped.num_skipped, skipped.num_in_a_row) == (MAX_SKIPPED_IN_A_ROW - 1, 0)
-    for step in range(21, 20 + MAX_SKIPPED_IN_A_ROW):
-        skipped.count(step, result(applied=False))
-    with pytest.raises(TorchspecError, match="not finite in 10 steps in a row, up to step 30"):
-        skipped.count(30, result(applied=False))
+    skips = SkipLimit(3)
+    for step in range(1, 3):
+        skips.check(step, result(applied=False))
+    skips.check(3, result(applied=True))
+    for step in range(4, 6):
+        skips.check(step, result(applied=False))
+    message = "not finite in 3 steps in a row, up to step 6; training.max_skipped_steps = 3"
+    with pytest.raises(TorchspecError, match=message):
+        skips.check(6, result(applied=False))
+
+
+def test_one_bad_step_may_be_too_many():
+    with pytest.raises(TorchspecError, match="in 1 steps in a row"):
+        SkipLimit(1).check(1, result(applied=False))

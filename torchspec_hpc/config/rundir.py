@@ -30,6 +30,8 @@ class RunDir:
         self.run_json = self.root / "run.json"
         self.metrics = self.root / "metrics.jsonl"
         self.tensorboard = self.root / "tensorboard"
+        self.wandb = self.root / "wandb"
+        self.wandb_steps = self.wandb / "steps"  # those that were sent, a line each
         self.checkpoints = self.root / "checkpoints"
         self.latest_checkpoint = self.checkpoints / "latest"  # holds the name of a folder
         self.best_checkpoint = self.checkpoints / "best"  # likewise, and how good it is

@@ -1,39 +1,52 @@
-"""One line a step in ``metrics.jsonl``, and the same numbers for TensorBoard."""
+"""One line a step in ``metrics.jsonl``, and the same numbers for whoever draws them."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from torchspec_hpc.config import Config
 from torchspec_hpc.config.rundir import RunDir, write_atomic
+from torchspec_hpc.observe.wandb_board import WandbBoard
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+
+class Board(Protocol):
+    """Something that draws curves."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Takes the values of one step, all of them finite."""
+
+    def close(self, *, failed: bool) -> None:
+        """Ends this attempt."""
 
 
 class MetricsWriter:
     """Writes the metrics of a run; a resumed run leaves no duplicated points.
 
     Args:
+        config: Says which boards there are; they get every ``log_interval``-th step,
+            ``metrics.jsonl`` gets every step.
         run: The run.
-        report_to: Names of back ends; ``tensorboard`` is known here.
         first_step: The first step that will be written.  What earlier attempts
-            wrote from this step on is removed (TensorBoard: hidden).
-        interval: TensorBoard gets every interval-th step, ``metrics.jsonl`` every step.
+            wrote from this step on is removed (TensorBoard: hidden; W&B: stays, and
+            is not sent again).
+
+    Raises:
+        ConfigError: W&B is asked for and cannot be used.
     """
 
-    def __init__(
-        self, run: RunDir, report_to: Sequence[str], first_step: int, interval: int = 1
-    ) -> None:
+    def __init__(self, config: Config, run: RunDir, first_step: int) -> None:
+        self._interval = config.logging.log_interval
+        self._boards: list[Board] = []
+        if "tensorboard" in config.logging.report_to:
+            self._boards.append(TensorBoard(run.tensorboard, first_step))
+        if "wandb" in config.logging.report_to:
+            self._boards.append(WandbBoard(config, run))
         _cut(run.metrics, first_step)
-        self._interval = interval
         self._file = run.metrics.open("a", encoding="ascii")
-        self._board = (
-            _open_board(run.tensorboard, first_step) if "tensorboard" in report_to else None
-        )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the values of one step, flushed.
@@ -41,28 +54,49 @@ class MetricsWriter:
         Args:
             step: Optimizer steps done, counted from 1.
             values: Numbers by tag.  One that is not finite is written as null,
-                which JSON knows, and is no point in TensorBoard.
+                which JSON knows, and is no point on a board.
         """
-        finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        finite = {tag: value for tag, value in values.items() if math.isfinite(value)}
+        line = {"step": step} | {tag: finite.get(tag) for tag in values}
+        self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        if self._board is not None and step % self._interval == 0:
-            for tag, value in finite.items():
-                if value is not None:
-                    self._board.add_scalar(tag, value, step)
-            self._board.flush()
+        if step % self._interval == 0:
+            for board in self._boards:
+                board.write(step, finite)
 
-    def close(self) -> None:
-        """Flushes and closes the files."""
+    def close(self, *, failed: bool) -> None:
+        """Flushes and closes everything.
+
+        Args:
+            failed: An error ends this attempt.
+        """
         self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for board in self._boards:
+            board.close(failed=failed)
 
 
-def _open_board(folder: Path, first_step: int) -> SummaryWriter:
-    from torch.utils.tensorboard import SummaryWriter  # slow to import, and not always wanted
+class TensorBoard:
+    """Event files for TensorBoard.
 
-    return SummaryWriter(log_dir=str(folder), purge_step=first_step)
+    Args:
+        folder: Of all attempts.
+        first_step: Points of earlier attempts from this step on are hidden.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, not always wanted
+
+        self._writer = SummaryWriter(log_dir=str(folder), purge_step=first_step)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the values of a step, flushed."""
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, step)
+        self._writer.flush()
+
+    def close(self, *, failed: bool) -> None:  # noqa: ARG002 - TensorBoard shows no outcome
+        """Closes the event file."""
+        self._writer.close()
 
 
 def _cut(path: Path, first_step: int) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from torchspec_hpc.config.engines import require_implemented
 from torchspec_hpc.config.schema import Config
 from torchspec_hpc.errors import ConfigError, DataError, UserError
+from torchspec_hpc.observe.wandb_board import require_wandb
 from torchspec_hpc.target.spec import TargetSpec
 
 
@@ -16,12 +17,14 @@ def check_inputs(config: Config) -> None:
     A hub id is left to the nodes: their cache may hold what the login node's does not.
 
     Raises:
-        ConfigError: The engine has no implementation, a file is missing, or the shapes asked for
-            do not fit the target.
+        ConfigError: The engine has no implementation, a package or a file is missing, or the
+            shapes asked for do not fit the target.
         DataError: A data file is missing.
     """
     dataset, model, training = config.dataset, config.model, config.training
     require_implemented(config.inference.engine)
+    if "wandb" in config.logging.report_to and config.slurm.python is None:
+        require_wandb()  # the nodes have this interpreter
     _require_file("dataset.train_data_path", dataset.train_data_path, DataError)
     _require_file("dataset.eval_data_path", dataset.eval_data_path, DataError)
     _require_file("dataset.chat_template", dataset.chat_template, ConfigError)

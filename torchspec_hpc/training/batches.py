@@ -56,7 +56,6 @@ class MicroBatches:
         num_steps: The optimizer step at which the run ends.
         window_tokens: Never ask for more tokens than this at a time, beyond one micro-batch:
             what was asked for must fit into this rank's part of the store.
-        name: Begins the tickets of this stream.
     """
 
     def __init__(
@@ -69,9 +68,8 @@ class MicroBatches:
         start: Progress,
         num_steps: int,
         window_tokens: int,
-        name: str = "train",
     ) -> None:
-        self._name, self._dataset, self._sampler = name, dataset, sampler
+        self._dataset, self._sampler = dataset, sampler
         self._per_step = config.draft_accumulation_steps
         stream = map(self._read, _positions(world, config, start, num_steps))
         self._ahead = Prefetcher(stream, states, world.device, config.prefetch_depth, window_tokens)
@@ -95,7 +93,7 @@ class MicroBatches:
 
     def _read(self, position: int) -> Documents:
         return [
-            (f"{self._name}-{position}.{place}", self._dataset[int(index)])
+            (f"train-{position}.{place}", self._dataset[int(index)])
             for place, index in enumerate(self._sampler.samples_at(position))
         ]
 

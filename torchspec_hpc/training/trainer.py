@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import ExitStack, closing
-from typing import Any
+from contextlib import ExitStack
 
 import torch
 
@@ -14,18 +13,16 @@ from torchspec_hpc.config.checkpoint_files import Progress
 from torchspec_hpc.config.rundir import write_atomic
 from torchspec_hpc.data.sampler import Sampler
 from torchspec_hpc.errors import EXIT_DONE, EXIT_REQUEUE, TorchspecError
-from torchspec_hpc.observe.metrics import MetricsWriter
 from torchspec_hpc.training.batches import MicroBatches, StepData, packs_per_step
 from torchspec_hpc.training.checkpoint import Checkpointer
+from torchspec_hpc.training.device import memory_bytes, peak_flops
 from torchspec_hpc.training.evaluation import EvaluationSet
 from torchspec_hpc.training.meter import Costs, EngineMonitor, Meter
 from torchspec_hpc.training.optim import Schedule, set_hyperparameters
 from torchspec_hpc.training.parallel import World
+from torchspec_hpc.training.reporter import Reporter
 from torchspec_hpc.training.step import Eagle3Step, StepResult, step_weights
 from torchspec_hpc.transfer.feed import FeedStats, GaveUp, HiddenStateFeed
-
-#: So many steps in a row without a finite gradient end the run.
-MAX_SKIPPED_IN_A_ROW = 10
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +70,11 @@ class Trainer:
         self._evaluation = evaluation
         self._packs_per_step = packs_per_step(world, config.training)
         self._schedule = Schedule.from_config(config.training, num_steps)
-        self._meter = Meter(world, step_weights(config.training))
-        self._metrics: MetricsWriter | None = None
-        self._skipped = SkippedSteps()
+        peak = peak_flops(config.training, world.device)
+        self._meter = Meter(world, step_weights(config.training), peak)
+        self._reporter: Reporter | None = None  # of the main rank, while it trains
+        self._skips = SkipLimit(config.training.max_skipped_steps)
+        self._checkpoint_s = 0.0  # that training waited for a checkpoint since the last step
         self._accept_len: float | None = None  # of this step's evaluation, if there was one
 
     def run(self) -> int:
@@ -90,12 +89,9 @@ class Trainer:
         """
         with ExitStack() as stack:
             if self._world.is_main:
-                report = self._config.logging
                 first_step = self._progress.step + 1
-                self._metrics = stack.enter_context(
-                    closing(
-                        MetricsWriter(self._run, report.report_to, first_step, report.log_interval)
-                    )
+                self._reporter = stack.enter_context(
+                    Reporter(self._config, self._run, self._monitor, first_step, self._num_steps)
                 )
             while self._progress.step < self._num_steps:
                 self._checkpointer.check()
@@ -104,7 +100,7 @@ class Trainer:
                 finished = self._progress.step == self._num_steps
                 best_len = self._new_best()
                 if stop or finished or best_len or self._checkpoint_is_due(before):
-                    self._checkpointer.save(self._progress, best_len)
+                    self._checkpoint_s = self._checkpointer.save(self._progress, best_len)
                 if stop and not finished:
                     self._checkpointer.wait()
                     logger.info("stopped at step %d, as asked", self._progress.step)
@@ -124,18 +120,18 @@ class Trainer:
         except GaveUp as gave_up:  # a late engine must not keep us from a checkpoint
             logger.info("%s", gave_up)
             data = None
-        learning_rate = self._schedule(self._progress.step)
+        learning_rate = self._schedule(self._progress.step - self._progress.skipped)
         set_hyperparameters(self._optimizer, self._config.training, learning_rate)
         stop_asked = self._world.is_main and self._run.stop.exists()
         result = self._step(data.batches if data else None, flag=stop_asked)
         if data is None or result.abandoned:
             return True
         self._progress = Progress(
-            self._progress.step + 1, self._progress.cursor + self._packs_per_step
+            step=self._progress.step + 1,
+            cursor=self._progress.cursor + self._packs_per_step,
+            skipped=self._progress.skipped + (not result.applied),
         )
-        self._skipped.count(self._progress.step, result)
-        costs = _costs(data, before, self._feed.stats(), time.monotonic() - start)
-        values = self._meter.measure(result, costs)
+        values = self._meter.measure(result, self._costs(data, before, time.monotonic() - start))
         stop = result.flagged
         if self._evaluation is not None and self._evaluation_is_due():
             try:
@@ -143,9 +139,26 @@ class Trainer:
             except GaveUp as gave_up:
                 logger.info("step %d is not evaluated: %s", self._progress.step, gave_up)
                 stop = True
-        if self._metrics is not None:
-            self._report(values | {"train/lr": learning_rate})
+        if self._reporter is not None:
+            values["train/lr"] = learning_rate
+            values["train/skipped_steps"] = self._progress.skipped
+            values["train/epoch"] = self._sampler.epochs_at(self._progress.cursor)
+            self._reporter.report(self._progress.step, values)
+        self._skips.check(self._progress.step, result)
         return stop
+
+    def _costs(self, data: StepData, before: FeedStats, step_s: float) -> Costs:
+        after = self._feed.stats()
+        checkpoint_s, self._checkpoint_s = self._checkpoint_s, 0.0
+        return Costs(
+            num_tokens=data.num_tokens,
+            num_bytes=after.num_bytes - before.num_bytes,
+            num_retries=after.num_retries - before.num_retries,
+            wait_s=data.wait_s,
+            step_s=step_s,
+            checkpoint_s=checkpoint_s,
+            memory_bytes=memory_bytes(self._world.device),
+        )
 
     def _evaluate(self, evaluation: EvaluationSet) -> dict[str, float]:
         """Measures the draft on held-out samples; raises ``GaveUp`` on all ranks or on none."""
@@ -170,67 +183,31 @@ class Trainer:
         epoch_ended = int(epochs_at(before.cursor)) != int(epochs_at(self._progress.cursor))
         return bool(by_step or (settings.save_per_epoch and epoch_ended))
 
-    def _report(self, values: dict[str, Any]) -> None:
-        """Writes the step's numbers, and now and then a line for people."""
-        assert self._metrics is not None
-        step = self._progress.step
-        values["train/skipped_steps"] = self._skipped.num_skipped
-        values["train/epoch"] = self._sampler.epochs_at(self._progress.cursor)
-        is_told = step % self._config.logging.log_interval == 0
-        if is_told:
-            values |= self._monitor.read()
-        self._metrics.write(step, values)
-        if is_told:
-            logger.info(
-                "step %d/%d  loss %.4f  accept_len %.3f  lr %.2e  grad_norm %.3f  "
-                "%.0f tokens/s  waiting %.0f %%",
-                step,
-                self._num_steps,
-                values["train/loss"],
-                values["train/accept_len"],
-                values["train/lr"],
-                values["train/grad_norm"],
-                values["throughput/tokens_per_s"],
-                100 * values["throughput/wait_share"],
-            )
 
+class SkipLimit:
+    """Ends a run whose gradient is not finite for too many steps in a row.
 
-class SkippedSteps:
-    """Counts steps whose gradient was not finite.
-
-    Attributes:
-        num_skipped: Of this attempt.
-        num_in_a_row: Up to now.
+    Args:
+        max_in_a_row: So many steps are too many.
     """
 
-    def __init__(self) -> None:
-        self.num_skipped = self.num_in_a_row = 0
+    def __init__(self, max_in_a_row: int) -> None:
+        self._max_in_a_row, self._in_a_row = max_in_a_row, 0
 
-    def count(self, step: int, result: StepResult) -> None:
+    def check(self, step: int, result: StepResult) -> None:
         """Takes note of a step.
 
         Raises:
             TorchspecError: It is the last straw.
         """
         if result.applied:
-            self.num_in_a_row = 0
+            self._in_a_row = 0
             return
-        self.num_skipped += 1
-        self.num_in_a_row += 1
+        self._in_a_row += 1
         logger.warning("step %d skipped: its gradient norm is %s", step, result.grad_norm)
-        if self.num_in_a_row == MAX_SKIPPED_IN_A_ROW:
+        if self._in_a_row >= self._max_in_a_row:
             raise TorchspecError(
-                f"the gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row, "
-                f"up to step {step}\n"
+                f"the gradient was not finite in {self._in_a_row} steps in a row, "
+                f"up to step {step}; training.max_skipped_steps = {self._max_in_a_row}\n"
                 "  next:    lower training.learning_rate, or use training.compute_dtype: float32"
             )
-
-
-def _costs(data: StepData, before: FeedStats, after: FeedStats, step_s: float) -> Costs:
-    return Costs(
-        num_tokens=data.num_tokens,
-        num_bytes=after.num_bytes - before.num_bytes,
-        num_retries=after.num_retries - before.num_retries,
-        wait_s=data.wait_s,
-        step_s=step_s,
-    )

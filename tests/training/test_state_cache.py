@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from torchspec_hpc.config import Config, parse_config
+from torchspec_hpc.data.sample import Sample
+from torchspec_hpc.errors import ConfigError
+from torchspec_hpc.target.spec import TargetSpec
+from torchspec_hpc.training.state_cache import StateCache
+
+
+def config(target: Path, folder: Path, **inference: object) -> Config:
+    raw: dict[str, Any] = {
+        "output_dir": str(folder),
+        "model": {"target_model_path": str(target)},
+        "dataset": {"train_data_path": "train.jsonl"},
+        "inference": {"engine": "hf", **inference},
+    }
+    return parse_config(raw, base_dir=folder, source="test")
+
+
+def cache(target: Path, folder: Path, layers: tuple[int, ...] = (1, 2), **inference: object):
+    spec = TargetSpec.from_path(str(target))
+    return StateCache(config(target, folder, **inference), spec, layers, "cpu")
+
+
+def sample(*ids: int, index: int = 0) -> Sample:
+    return Sample(index, np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=bool))
+
+
+def states(seed: int, length: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(length, 3, 8, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_what_is_written_is_read_whatever_its_place_in_the_data(
+    tiny_target: Path, tmp_path: Path, dtype: torch.dtype
+):
+    kept = cache(tiny_target, tmp_path)
+    assert kept.read(sample(1, 2, 3)) is None
+    expected = states(0, 3, dtype)
+    kept.write(sample(1, 2, 3), expected)
+    found = cache(tiny_target, tmp_path).read(sample(1, 2, 3, index=7))
+    assert found.dtype == dtype
+    assert torch.equal(found, expected)
+    assert kept.read(sample(1, 2, 4)) is None
+    assert kept.read(sample(1, 2)) is None
+    assert json.loads((kept.folder / "about.json").read_text())["layers"] == [1, 2, 4]
+    assert len(list(kept.folder.iterdir())) == 2  # nothing temporary is left
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "no tensors"])
+def test_a_damaged_or_foreign_file_is_not_used(
+    tiny_target: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+):
+    kept = cache(tiny_target, tmp_path)
+    kept.write(sample(1, 2, 3), states(0, 3))
+    (file,) = kept.folder.glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    if damage == "cut":
+        file.write_bytes(content[:-20])
+    elif damage == "flipped":
+        content[-1] ^= 1
+        file.write_bytes(content)
+    elif damage == "foreign":
+        kept.write(sample(4, 5, 6), states(1, 3))
+        (other,) = set(kept.folder.glob("*.safetensors")) - {file}
+        shutil.copy(other, file)
+    else:
+        file.write_bytes(b"states")
+    assert kept.read(sample(1, 2, 3)) is None
+    assert "will be replaced" in caplog.text
+    kept.write(sample(1, 2, 3), states(0, 3))
+    assert torch.equal(kept.read(sample(1, 2, 3)), states(0, 3))
+
+
+def test_the_key_covers_target_layers_engine_and_precision(tiny_target: Path, tmp_path: Path):
+    target = tmp_path / "target"
+    shutil.copytree(tiny_target, target)
+
+    def folder(layers: tuple[int, ...] = (1, 2), **inference: object) -> Path:
+        return cache(target, tmp_path, layers, **inference).folder
+
+    same = folder()
+    assert folder() == same
+    assert folder(inference_batch_size=3, num_threads=2) == same
+    others = [
+        folder(layers=(1, 3)),
+        folder(engine="vllm"),
+        folder(engine="vllm", vllm={"extra_args": {"quantization": "fp8"}}),
+        folder(dtype="bfloat16"),
+        folder(batch_invariant=True),
+        folder(device="cuda"),
+    ]
+    weights = target / "model.safetensors"
+    os.utime(weights, ns=(1, 1))
+    others.append(folder())
+    edited = (target / "config.json").read_text().replace("{", '{"more": 1, ', 1)
+    (target / "config.json").write_text(edited)
+    others.append(folder())
+    assert len({same, *others}) == len(others) + 1
+
+
+def test_a_cache_that_cannot_be_made_is_the_users_error(tiny_target: Path, tmp_path: Path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(ConfigError, match="cannot write the cache directory"):
+        cache(tiny_target, tmp_path)
+
+
+def test_a_full_disk_is_said_once_and_harms_nothing(
+    tiny_target: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    kept = cache(tiny_target, tmp_path)
+    shutil.rmtree(kept.folder)  # as writes fail
+    for index in range(3):
+        kept.write(sample(1, 2, index), states(index, 3))
+        assert kept.read(sample(1, 2, index)) is None
+    (said,) = [record.message for record in caplog.records if "cannot write" in record.message]
+    assert "stay in memory" in said
