@@ -75,6 +75,7 @@ class WandbBoard:
                 hint="set WANDB_API_KEY or run `wandb login`; where nodes reach no network, set "
                 "logging.wandb_mode to offline and upload with `wandb sync`",
             ) from error
+        self._teardown = wandb.teardown
         sent = _last_step(run.wandb_steps)
         # online, W&B itself knows best: what a kill kept from it is sent again
         online = settings.wandb_mode == "online"
@@ -95,13 +96,15 @@ class WandbBoard:
     def close(self, *, failed: bool) -> None:
         """Waits a while for uploads; a network that is gone must not cost the requeue."""
         self._steps.close()
-        finish = threading.Thread(
-            target=self._run.finish, kwargs={"exit_code": int(failed)}, daemon=True
-        )
+        finish = threading.Thread(target=self._finish, args=(int(failed),), daemon=True)
         finish.start()
         finish.join(_FINISH_S)
         if finish.is_alive():
             logger.warning("W&B has not taken all: `wandb sync` sends the rest of %s", self._dir)
+
+    def _finish(self, exit_code: int) -> None:
+        self._run.finish(exit_code=exit_code)
+        self._teardown(exit_code)  # ends W&B's own process, which else may write after us
 
 
 def _shown(config: Config) -> dict[str, Any]:
