@@ -75,9 +75,7 @@ class Checkpointer:
         self._group = dist.new_group(
             backend="gloo", timeout=timedelta(minutes=config.distributed_timeout_minutes)
         )
-        on_gpu = world.device.type == "cuda"
-        # keeps its memory from save to save, pinned where the copy comes from a GPU
-        self._stager = DefaultStager(StagingOptions(on_gpu, False, False, on_gpu))
+        self._stager = _Stager(pinned=world.device.type == "cuda")
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._in_flight: Future[Path] | None = None
 
@@ -255,6 +253,16 @@ class Checkpointer:
             self.best_accept_len = best.accept_len
         elif best is not None:  # `latest` was set back by hand
             logger.warning("%s is of a later step than %d and does not count", best, step)
+
+
+class _Stager(DefaultStager):
+    """Copies a state to the CPU, into the same memory at every save."""
+
+    def __init__(self, pinned: bool) -> None:
+        super().__init__(StagingOptions(pinned, False, False, pinned))
+
+    def close(self) -> None:
+        """Does nothing: torch before 2.13 closes it after each save, which ends its use."""
 
 
 def _load(state: dict[str, Any], folder: Path) -> None:
