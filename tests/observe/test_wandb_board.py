@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.helpers import read_jsonl
 from torchspec_hpc.config import Config, RunDir, parse_config
 from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.observe.metrics import MetricsWriter
@@ -121,6 +125,23 @@ def test_nothing_secret_is_sent(run: RunDir):
     assert b"extra_args" not in told
     assert b"hf_secret" not in told
     assert b"run_secret" not in told
+
+
+@needs_wandb
+def test_the_end_of_its_process_is_not_ours(run: RunDir, caplog: pytest.LogCaptureFixture):
+    writer = MetricsWriter(config(), run, 1)
+    writer.write(1, {"train/loss": 1.0})
+    for name in Path("/proc/self/task").glob("*/children"):
+        for child in map(int, name.read_text().split()):
+            if "wandb-core" in Path(f"/proc/{child}/cmdline").read_text():
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+    for step in range(2, 6):
+        time.sleep(0.2)  # it is noticed with the first or the second one
+        writer.write(step, {"train/loss": 1.0})
+    writer.close(failed=False)
+    assert [row["step"] for row in read_jsonl(run.metrics)] == [1, 2, 3, 4, 5]
+    assert caplog.text.count("W&B gets nothing more of this attempt") == 1
 
 
 @needs_wandb

@@ -75,7 +75,7 @@ class WandbBoard:
                 hint="set WANDB_API_KEY or run `wandb login`; where nodes reach no network, set "
                 "logging.wandb_mode to offline and upload with `wandb sync`",
             ) from error
-        self._teardown = wandb.teardown
+        self._teardown, self._faults, self._lost = wandb.teardown, (wandb.Error, OSError), False
         sent = _last_step(run.wandb_steps)
         # online, W&B itself knows best: what a kill kept from it is sent again
         online = settings.wandb_mode == "online"
@@ -87,15 +87,22 @@ class WandbBoard:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Sends the values of a step, once."""
-        if step < self._first_step:
+        if step < self._first_step or self._lost:
             return
-        self._run.log(dict(values), step=step, commit=True)
+        try:
+            self._run.log(dict(values), step=step, commit=True)
+        except self._faults as error:  # W&B's own process is gone; that must not end the training
+            self._lost = True
+            logger.warning("W&B gets nothing more of this attempt, from step %d: %r", step, error)
+            return
         self._steps.write(f"{step}\n")
         self._steps.flush()
 
     def close(self, *, failed: bool) -> None:
         """Waits a while for uploads; a network that is gone must not cost the requeue."""
         self._steps.close()
+        if self._lost:
+            return
         finish = threading.Thread(target=self._finish, args=(int(failed),), daemon=True)
         finish.start()
         finish.join(_FINISH_S)
