@@ -145,12 +145,18 @@ def test_the_end_of_its_process_is_not_ours(run: RunDir, caplog: pytest.LogCaptu
 
 
 @needs_wandb
-def test_without_a_key_it_is_said_what_to_do(run: RunDir, monkeypatch: pytest.MonkeyPatch):
+def test_without_a_key_it_is_said_what_to_do_and_a_resumed_run_goes_on(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     monkeypatch.setenv("HOME", str(run.root))
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     with pytest.raises(ConfigError, match=r"(?s)W&B does not take the run.*wandb_mode to offline"):
         attempt(run, range(1, 2), wandb_mode="online")
+    assert not run.metrics.exists()
+    attempt(run, range(2, 4), wandb_mode="online")
+    assert "no W&B in this attempt: W&B does not take the run" in caplog.text
+    assert [row["step"] for row in read_jsonl(run.metrics)] == [2, 3]
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):

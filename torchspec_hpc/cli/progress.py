@@ -68,6 +68,7 @@ def format_record(record: dict[str, float | None]) -> str:
         ("throughput/train_tokens_per_s", "trainer tok/s", ".0f"),
         ("throughput/inference_tokens_per_s", "engine tok/s", ".0f"),
         ("throughput/wait_share", "waiting", ".0%"),
+        ("throughput/mfu", "mfu", ".1%"),
     ):
         if record.get(key) is not None:  # null: the step's gradient was not finite
             parts.append(f"{label} {record[key]:{form}}")

@@ -59,22 +59,37 @@ def training_table(window: list[dict[str, float]], ttt_length: int) -> Table:
         table.add_row(str(i), f"{loss:.3f}", f"{mean(window, f'train/acc_step_{i}'):.3f}")
     estimate = mean(window, "train/accept_len")
     table.caption = f"acceptance length, training estimate with bonus token: {estimate:.3f}"
+    if skipped := window[-1].get("train/skipped_steps"):
+        table.caption += f"; {skipped:.0f} steps skipped, their gradient was not finite"
     return table
 
 
+#: Rows of the throughput table: label, metric, unit that it is shown in, form.
+SPEEDS = (
+    ("trainer tokens/s", "throughput/train_tokens_per_s", 1, "{:.0f}"),
+    ("engine tokens/s", "throughput/inference_tokens_per_s", 1, "{:.0f}"),
+    ("end to end tokens/s", "throughput/tokens_per_s", 1, "{:.0f}"),
+    ("step spent waiting for data", "throughput/wait_share", 1, "{:.1%}"),
+    ("tokens that are supervised", "train/supervised_share", 1, "{:.1%}"),
+    ("rows of the TTT steps left out", "train/rows_left_out_share", 1, "{:.1%}"),
+    ("step, s", "time/step_s", 1, "{:.3f}"),
+    ("  forward and backward, s", "time/compute_s", 1, "{:.3f}"),
+    ("  update, s", "time/optimizer_s", 1, "{:.3f}"),
+    ("held up by checkpoints, s a step", "time/checkpoint_s", 1, "{:.3f}"),
+    ("TFLOP/s, all ranks", "throughput/flops_per_s", 1e12, "{:.2f}"),
+    ("model FLOP/s utilization", "throughput/mfu", 1, "{:.1%}"),
+    ("memory of the fullest rank, GiB", "memory/peak_bytes", 2**30, "{:.2f}"),
+    ("through Mooncake, MB/s", "transfer/bytes_per_s", 1e6, "{:.2f}"),
+)
+
+
 def speed_table(records: list[dict[str, float]]) -> Table:
-    """Throughput of both sides over the whole run, start-up left out."""
+    """Throughput of both sides over the whole run, start-up left out; rows that it has."""
     table = Table(title="Throughput, mean over the run")
     table.add_column("")
     table.add_column("", justify="right")
     steady = records[min(5, len(records) - 1) :]
-    for label, key, form in (
-        ("trainer tokens/s", "throughput/train_tokens_per_s", "{:.0f}"),
-        ("engine tokens/s", "throughput/inference_tokens_per_s", "{:.0f}"),
-        ("end to end tokens/s", "throughput/tokens_per_s", "{:.0f}"),
-        ("step spent waiting for data", "throughput/wait_share", "{:.1%}"),
-        ("through Mooncake, MB/s", "transfer/bytes_per_s", "{:.2f}"),
-    ):
-        value = mean(steady, key) / (1e6 if key == "transfer/bytes_per_s" else 1)
-        table.add_row(label, form.format(value))
+    for label, key, unit, form in SPEEDS:
+        if any(key in record for record in steady):
+            table.add_row(label, form.format(mean(steady, key) / unit))
     return table

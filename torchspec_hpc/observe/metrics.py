@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Protocol
 
 from torchspec_hpc.config import Config
 from torchspec_hpc.config.rundir import RunDir, write_atomic
+from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.observe.wandb_board import WandbBoard
+
+logger = logging.getLogger(__name__)
 
 
 class Board(Protocol):
@@ -35,7 +39,7 @@ class MetricsWriter:
             is not sent again).
 
     Raises:
-        ConfigError: W&B is asked for and cannot be used.
+        ConfigError: W&B is asked for and cannot be used; after the first step that is a warning.
     """
 
     def __init__(self, config: Config, run: RunDir, first_step: int) -> None:
@@ -44,7 +48,13 @@ class MetricsWriter:
         if "tensorboard" in config.logging.report_to:
             self._boards.append(TensorBoard(run.tensorboard, first_step))
         if "wandb" in config.logging.report_to:
-            self._boards.append(WandbBoard(config, run))
+            try:
+                self._boards.append(WandbBoard(config, run))
+            except ConfigError as error:
+                if first_step == 1:
+                    raise
+                # it worked before: an outage of W&B must not end a run that was requeued
+                logger.warning("no W&B in this attempt: %s", error)
         _cut(run.metrics, first_step)
         self._file = run.metrics.open("a", encoding="ascii")
 
