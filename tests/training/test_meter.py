@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from tests.services import SECRET, control_server
+from torchspec_hpc.training import meter as meter_module
 from torchspec_hpc.training.meter import TAGS, Costs, EngineMonitor, Meter
 from torchspec_hpc.training.parallel import World
 from torchspec_hpc.training.step import StepResult
@@ -80,6 +81,29 @@ def test_numbers_of_a_step(meter: Meter):
     )
     described = {tag.replace("<i>", i) for tag in TAGS for i in "012"}
     assert values.keys() <= described
+
+
+def test_ranks_are_added_up_or_the_worst_one_counts(meter: Meter, monkeypatch):
+    other = result(flops=1e15, rows_computed=60, compute_s=1.5, optimizer_s=0.0625)
+    rows = []
+    monkeypatch.setattr(
+        meter_module, "gather_over_ranks", lambda row: rows.append(row) or row[None]
+    )
+    meter.measure(other, costs(num_tokens=60, step_s=2.5, wait_s=0.25, memory_bytes=5))
+    monkeypatch.setattr(meter_module, "gather_over_ranks", lambda row: torch.stack([*rows, row]))
+    two = Meter(World(0, 2, torch.device("cpu")), [1.0, 0.5, 0.25], peak_flops=4e15)
+    values = two.measure(result(), costs())
+    assert values["train/loss"] == pytest.approx(3.5)  # the same positions twice
+    assert values["train/supervised_share"] == 8 / 160
+    assert values["train/rows_left_out_share"] == 0.5
+    assert values["time/step_s"] == 2.5
+    assert values["time/wait_s"] == 0.5
+    assert values["time/compute_s"] == 1.5
+    assert values["time/optimizer_s"] == 0.125
+    assert values["memory/peak_bytes"] == 2**40 + 1
+    assert values["throughput/tokens_per_s"] == 64.0
+    assert values["throughput/flops_per_s"] == 1.6e15
+    assert values["throughput/mfu"] == pytest.approx(0.2)
 
 
 def test_there_is_no_mfu_where_the_peak_is_not_known(meter: Meter):

@@ -15,7 +15,7 @@ from torchspec_hpc.transfer.control import ControlClient
 #: What is written, by tag, with its unit.  ``<i>`` is the TTT step, counted from 0.
 TAGS = {
     "train/loss": "token-weighted loss of the optimizer step, over all TTT steps, nats",
-    "train/loss_step_<i>": "soft cross entropy per trained position of TTT step i, nats",
+    "train/loss_step_<i>": "loss per trained position of TTT step i, nats",
     "train/acc_step_<i>": "share of scored positions of TTT step i where the draft is right",
     "train/accept_len": "training estimate of acceptance length in tokens, bonus token included",
     "train/lr": "learning rate",
