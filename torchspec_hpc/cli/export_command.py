@@ -14,7 +14,7 @@ def export_command(source: Path, output: Path | None, dtype: Dtype, *, untrained
     """Exports the latest checkpoint of a run, or the one given.
 
     Args:
-        source: Run, ``checkpoints`` directory or one checkpoint.
+        source: Run, ``checkpoints`` directory, one checkpoint, or ``checkpoints/best``.
         output: Where to; default ``<run>/export/step_<n>``.
         dtype: Of the written weights.
         untrained: Export the initial weights instead, for comparison.

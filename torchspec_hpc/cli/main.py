@@ -94,7 +94,9 @@ def render(config: ConfigFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def export(
-    source: Annotated[Path, typer.Argument(metavar="RUN", help="Run or checkpoint directory.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Run, checkpoint, or RUN/checkpoints/best.")
+    ],
     output: Annotated[Path | None, typer.Option(help="Default: RUN/export/step_<n>.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of the written weights.")] = "bfloat16",
     untrained: Annotated[
