@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -159,7 +160,13 @@ def test_without_a_key_it_is_said_what_to_do_and_a_resumed_run_goes_on(
     assert [row["step"] for row in read_jsonl(run.metrics)] == [2, 3]
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+@pytest.mark.parametrize("folder_of_that_name", [False, True])
+def test_a_missing_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder_of_that_name: bool
+):
+    if folder_of_that_name:
+        (tmp_path / "wandb").mkdir()
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(ConfigError, match=r"torchspec_hpc\[wandb\]"):
         require_wandb()

@@ -46,3 +46,12 @@ def test_an_engine_that_is_only_a_name(tmp_path: Path, engine: str) -> None:
     config = config_with(tmp_path, "inference", engine=engine)
     with pytest.raises(UserError, match=rf"engine is {engine}, which has.*\n  allowed: vllm, hf"):
         check_inputs(config)
+
+
+def test_wandb_where_it_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    config = config_with(tmp_path, "logging", report_to=["tensorboard", "wandb"])
+    with pytest.raises(UserError, match=r"wandb is not installed\n  next: .*\[wandb\]"):
+        check_inputs(config)
+    slurm = config.slurm.model_copy(update={"python": "/envs/other/bin/python"})
+    check_inputs(config.model_copy(update={"slurm": slurm}))  # what that one has is not known here

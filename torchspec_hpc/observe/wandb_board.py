@@ -27,7 +27,8 @@ def require_wandb() -> None:
     Raises:
         ConfigError: It is not installed.
     """
-    if importlib.util.find_spec("wandb") is None:
+    spec = importlib.util.find_spec("wandb")
+    if spec is None or spec.origin is None:  # the latter: a folder ./wandb, which W&B leaves behind
         raise ConfigError(
             "logging.report_to has wandb, and the package wandb is not installed",
             hint="pip install 'torchspec_hpc[wandb]', or take wandb out of logging.report_to",
