@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_state_dict,
@@ -33,6 +32,7 @@ from torchspec_hpc.config.rundir import KEPT_IDS, RunDir
 from torchspec_hpc.config.schema import TrainingConfig
 from torchspec_hpc.errors import TorchspecError, UserError
 from torchspec_hpc.training.parallel import World, seed_rank
+from torchspec_hpc.training.staging import Stager
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Checkpointer:
         self._group = dist.new_group(
             backend="gloo", timeout=timedelta(minutes=config.distributed_timeout_minutes)
         )
-        self._stager = _Stager(pinned=world.device.type == "cuda")
+        self._stager = Stager(pinned=world.device.type == "cuda")
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._in_flight: Future[Path] | None = None
 
@@ -253,16 +253,6 @@ class Checkpointer:
             self.best_accept_len = best.accept_len
         elif best is not None:  # `latest` was set back by hand
             logger.warning("%s is of a later step than %d and does not count", best, step)
-
-
-class _Stager(DefaultStager):
-    """Copies a state to the CPU, into the same memory at every save."""
-
-    def __init__(self, pinned: bool) -> None:
-        super().__init__(StagingOptions(pinned, False, False, pinned))
-
-    def close(self) -> None:
-        """Does nothing: torch before 2.13 closes it after each save, which ends its use."""
 
 
 def _load(state: dict[str, Any], folder: Path) -> None:
