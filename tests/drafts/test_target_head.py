@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from torchspec_hpc.drafts import target_head
-from torchspec_hpc.drafts.target_head import TargetHead
+from torchspec_hpc.drafts.target_head import TargetHead, row_argmax
 
 
 def make(dtype: torch.dtype = torch.float32) -> tuple[TargetHead, torch.Tensor]:
@@ -37,3 +37,12 @@ def test_argmax_in_chunks(monkeypatch: pytest.MonkeyPatch, num_rows: int) -> Non
     monkeypatch.setattr(target_head, "CHUNK_BYTES", {"cpu": 5 * 4 * 50})
     head, y = make()
     assert torch.equal(head.argmax(y[:num_rows]), head.logits(y[:num_rows]).argmax(-1))
+
+
+@pytest.mark.parametrize("vocab", [50, 64, 640])
+def test_row_argmax_is_argmax(vocab: int) -> None:
+    x = torch.randint(0, 9, (3, 5, vocab), generator=torch.Generator().manual_seed(0)).float()
+    assert torch.equal(row_argmax(x), x.argmax(-1))  # the first of many equals
+    x[1, 2, 7] = float("nan")
+    assert row_argmax(x)[1, 2] == 7
+    assert row_argmax(x[:0]).shape == (0, 5)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from torchspec_hpc.drafts.losses import LossMix
-from torchspec_hpc.drafts.target_head import TargetHead
+from torchspec_hpc.drafts.target_head import TargetHead, row_argmax
 
 #: Value [K, C], gradient with respect to the logits [K, C, V] (None if not wanted), choice [K, C].
 ChunkLoss = tuple[Tensor, Tensor | None, Tensor]
@@ -116,7 +116,7 @@ class _Fused(torch.autograd.Function):
             x = states.index_select(0, pairs.clamp(max=num_states - 1).flatten())
             logits = F.linear(x, weight).view(*pairs.shape, -1)  # [K, C, V]
             target_logits = targets.head.logits(targets.last[here])
-            best = target_logits.argmax(-1)  # [C]
+            best = row_argmax(target_logits)  # [C]
             value, gradient, choice = loss_of(
                 logits,
                 target_logits,
@@ -169,7 +169,7 @@ def _loss_function(mix: LossMix, compiled: bool) -> Callable[..., ChunkLoss]:
         logits: Tensor, target_logits: Tensor, token: Tensor, scale: Tensor, wanted: bool
     ) -> ChunkLoss:
         wide = torch.promote_types(logits.dtype, torch.float32)
-        choice = logits.argmax(-1)
+        choice = row_argmax(logits)
         value, gradient = mix(logits.to(wide), target_logits.to(wide), token)
         if not wanted:
             return value, None, choice
@@ -186,12 +186,11 @@ def _forward_kl_in_place(
     """:func:`~torchspec_hpc.drafts.losses.forward_kl` in as few passes as eager mode allows."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     z, p = logits.to(wide), target_logits.to(wide).softmax(-1)
-    highest, choice = z.max(-1)
-    z.sub_(highest[..., None])
-    picked = (z * p).sum(-1)
-    total = z.exp_().sum(-1)
-    value = total.log() - picked
+    choice = row_argmax(z)
+    q = z.softmax(-1)
+    # log sum exp z, from the largest logit and its probability: one pass fewer
+    highest, likeliest = (x.gather(-1, choice[..., None])[..., 0] for x in (z, q))
+    value = highest - likeliest.log() - z.mul_(p).sum(-1)
     if not wanted:
         return value, None, choice
-    z.mul_((scale / total)[..., None]).addcmul_(p, scale[..., None], value=-1.0)
-    return value, z.to(logits.dtype), choice
+    return value, q.sub_(p).mul_(scale[..., None]).to(logits.dtype), choice

@@ -10,6 +10,21 @@ from torchspec_hpc.drafts.norm import rms_norm
 
 #: Bytes of logits in float32 that a matrix product may make at once.
 CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 2**30}
+_BLOCK = 64
+
+
+def row_argmax(x: Tensor) -> Tensor:
+    """``x.argmax(-1)``, the first of equals; on CPUs several times faster.
+
+    There, a reduction that keeps track of an index is not vectorised.  So find the block with the
+    largest value first.
+    """
+    if x.device.type != "cpu" or x.shape[-1] % _BLOCK or not x.numel():
+        return x.argmax(-1)
+    blocks = x.unflatten(-1, (-1, _BLOCK))
+    which = blocks.amax(-1).argmax(-1)
+    block = blocks.gather(-2, which[..., None, None].expand(*which.shape, 1, _BLOCK))
+    return which * _BLOCK + block[..., 0, :].argmax(-1)
 
 
 class TargetHead(nn.Module):
@@ -57,4 +72,4 @@ class TargetHead(nn.Module):
                 draft: leave out what nobody reads.
         """
         chunk = max(1, CHUNK_BYTES[y.device.type] // (4 * self.lm_head.shape[0]))
-        return torch.cat([self.logits(part).argmax(-1) for part in torch.split(y, chunk)])
+        return torch.cat([row_argmax(self.logits(part)) for part in torch.split(y, chunk)])

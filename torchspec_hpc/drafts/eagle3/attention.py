@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from torchspec_hpc.drafts.compiling import fused
 from torchspec_hpc.drafts.eagle3.flash import CpuFlash, CudaFlash
 from torchspec_hpc.drafts.eagle3.flex import flex_attention
 from torchspec_hpc.drafts.eagle3.plan import StepRows
@@ -52,7 +53,12 @@ class Kernel(Protocol):
 
 
 def ttt_attention(
-    q: Tensor, block0: KeyValue, own: Sequence[KeyValue], layout: Layout, backend: Backend = "auto"
+    q: Tensor,
+    block0: KeyValue,
+    own: Sequence[KeyValue],
+    layout: Layout,
+    backend: Backend = "auto",
+    compiled: bool = False,
 ) -> Tensor:
     """Attends; no score crosses a document's end, and no table of all scores is made.
 
@@ -63,6 +69,7 @@ def ttt_attention(
             rows are those of ``q``.
         layout: Of the R rows.
         backend: ``auto`` chooses by device and type; see :func:`choose_backend`.
+        compiled: Fuse what is no kernel's work with torch.compile.
 
     Returns:
         [R, heads * head_dim].
@@ -76,7 +83,7 @@ def ttt_attention(
     else:
         kernel = (CpuFlash if name == "sdpa" else CudaFlash)(layout.rows)
         out = _Merged.apply(  # type: ignore[no-untyped-call]
-            kernel, q, *block0, *(x for pair in own for x in pair)
+            kernel, compiled, q, *block0, *(x for pair in own for x in pair)
         )
     return out.flatten(1)
 
@@ -94,30 +101,23 @@ def _merge(q: Tensor, out: Tensor, lse: Tensor, own: Sequence[KeyValue]) -> Tens
     """Adds the terms of the rows' own positions to attention over block 0, by plain autograd."""
     if not own:
         return out
-    scores = [_own_scores(q, k) for k, _ in own]
-    weights = (
-        torch.stack([lse, *scores]).softmax(0).to(out.dtype)[..., None]
-    )  # [1 + i, R, heads, 1]
-    total = weights[0] * out
-    for weight, (_, v) in zip(weights[1:], own, strict=True):
-        total = total + weight * _per_query(v, q)
-    return total
+    keys, values = (torch.stack(part, 2) for part in zip(*own, strict=True))
+    weights = torch.cat([lse[..., None], _own_scores(q, keys)], -1).softmax(-1).to(out.dtype)
+    return weights[..., :1] * out + _mix(weights[..., 1:], values)
 
 
 class _Merged(torch.autograd.Function):
     """The same for kernels that have a forward and a backward pass of their own."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, *own: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, kernel: Kernel, compiled: bool, q: Tensor, k: Tensor, v: Tensor, *own: Tensor
+    ) -> Tensor:
         out, lse = kernel.forward(q, k, v)
         if own:
-            scores = torch.stack([_own_scores(q, x) for x in own[::2]])  # [i, R, heads]
-            merged = torch.logsumexp(torch.cat([lse[None], scores]), 0)
-            out = out * (lse - merged).exp().to(out.dtype)[..., None]
-            for weight, x in zip((scores - merged).exp().to(out.dtype), own[1::2], strict=True):
-                out.addcmul_(weight[..., None], _per_query(x, q))
-            lse = merged
-        ctx.kernel = kernel
+            keys, values = torch.stack(own[::2], 2), torch.stack(own[1::2], 2)
+            out, lse = fused(_add_own, compiled)(q, out, lse, keys, values)
+        ctx.kernel, ctx.compiled = kernel, compiled
         ctx.save_for_backward(q, k, v, out, lse, *own)
         return out
 
@@ -127,39 +127,80 @@ class _Merged(torch.autograd.Function):
         q, k, v, out, lse, *own = ctx.saved_tensors
         d_q, d_k, d_v = ctx.kernel.backward(d_out, q, k, v, out, lse)
         if not own:
-            return None, d_q, d_k, d_v
-        shared = _dot(d_out, out)  # [R, heads]
-        d_own = []
-        for own_k, own_v in zip(own[::2], own[1::2], strict=True):
-            weight = (_own_scores(q, own_k) - lse).exp()
-            d_score = weight * (_dot(d_out, _per_query(own_v, q)) - shared) * q.shape[-1] ** -0.5
-            d_score, weight = (x.to(q.dtype)[..., None] for x in (d_score, weight))
-            d_q.addcmul_(d_score, _per_query(own_k, q))
-            d_own += [_per_key(d_score * q, own_k), _per_key(weight * d_out, own_v)]
-        return None, d_q, d_k, d_v, *d_own
+            return None, None, d_q, d_k, d_v
+        keys, values = torch.stack(own[::2], 2), torch.stack(own[1::2], 2)
+        d_q, d_keys, d_values = fused(_own_gradients, ctx.compiled)(
+            d_q, d_out, q, out, lse, keys, values
+        )
+        d_own = (x for pair in zip(d_keys.unbind(2), d_values.unbind(2), strict=True) for x in pair)
+        return None, None, d_q, d_k, d_v, *d_own
 
 
-def _own_scores(q: Tensor, k: Tensor) -> Tensor:
-    """[R, heads], float32 or better."""
+def _add_own(
+    q: Tensor, out: Tensor, lse: Tensor, keys: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Merges attention over block 0 with the rows' own keys [R, kv_heads, i, head_dim]."""
+    scores = _own_scores(q, keys)
+    merged = torch.logaddexp(lse, torch.logsumexp(scores, -1))
+    weights = (scores - merged[..., None]).exp().to(out.dtype)
+    share = (lse - merged).exp().to(out.dtype)
+    return out * share[..., None] + _mix(weights, values), merged
+
+
+def _own_gradients(
+    d_q: Tensor, d_out: Tensor, q: Tensor, out: Tensor, lse: Tensor, keys: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries (added to ``d_q``), own keys and own values."""
+    weights = (_own_scores(q, keys) - lse[..., None]).exp()  # [R, heads, i]
+    shared = (d_out * out).sum(-1, keepdim=True, dtype=lse.dtype)
+    d_scores = weights * (_products(d_out, values) - shared) * q.shape[-1] ** -0.5
+    d_scores, weights = d_scores.to(q.dtype), weights.to(q.dtype)
+    return d_q + _mix(d_scores, keys), _spread(d_scores, q, keys), _spread(weights, d_out, values)
+
+
+def _own_scores(q: Tensor, keys: Tensor) -> Tensor:
+    """Scores of each row's own keys: [R, heads, i], float32 or better."""
     scale: float = q.shape[-1] ** -0.5
-    return _dot(q, _per_query(k, q)) * scale
+    return _products(q, keys) * scale
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Products of the last dimension, added up in float32 or better."""
-    product: Tensor = a * b
-    return product.sum(-1, dtype=torch.promote_types(a.dtype, torch.float32))
+# Tiny matrix products: a library does them best in eager mode, and a compiler as sums.
+
+
+def _products(x: Tensor, keys: Tensor) -> Tensor:
+    """``x`` [R, heads, head_dim] times [R, kv_heads, i, head_dim]: [R, heads, i], as scores."""
+    wide, x = torch.promote_types(x.dtype, torch.float32), _grouped(x, keys)
+    if torch.compiler.is_compiling():
+        found = (x[:, :, :, None] * keys[:, :, None]).sum(-1, dtype=wide)
+    else:
+        found = torch.matmul(x, keys.transpose(2, 3)).to(wide)
+    return found.flatten(1, 2)
+
+
+def _mix(weights: Tensor, values: Tensor) -> Tensor:
+    """Adds values [R, kv_heads, i, head_dim] by weight [R, heads, i]: [R, heads, head_dim]."""
+    weights = _grouped(weights, values)
+    if torch.compiler.is_compiling():
+        return (weights[..., None] * values[:, :, None]).sum(3).flatten(1, 2)
+    return torch.matmul(weights, values).flatten(1, 2)
+
+
+def _spread(weights: Tensor, x: Tensor, like: Tensor) -> Tensor:
+    """The transpose of :func:`_mix`: ``x`` [R, heads, head_dim] to [R, kv_heads, i, head_dim]."""
+    weights, x = _grouped(weights, like), _grouped(x, like)
+    if torch.compiler.is_compiling():
+        return (weights[..., None] * x[:, :, :, None]).sum(2)
+    return torch.matmul(weights.transpose(2, 3), x)
+
+
+def _grouped(x: Tensor, like: Tensor) -> Tensor:
+    """[R, heads, *] as [R, kv_heads, group, *]; query head h reads key-value head h // group."""
+    return x.reshape(x.shape[0], like.shape[1], x.shape[1] // like.shape[1], x.shape[2])
 
 
 def _per_query(x: Tensor, q: Tensor) -> Tensor:
-    """Keys or values [R, kv_heads, head_dim] for each query head; head h reads h // group."""
+    """Keys or values [T, kv_heads, head_dim] for each query head."""
     return x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
-
-
-def _per_key(d_x: Tensor, x: Tensor) -> Tensor:
-    """Adds up what the query heads of a group send back."""
-    group = d_x.shape[1] // x.shape[1]
-    return d_x.view(len(x), x.shape[1], group, x.shape[2]).sum(2)
 
 
 def _plain(q: Tensor, block0: KeyValue, own: Sequence[KeyValue], layout: Layout) -> Tensor:

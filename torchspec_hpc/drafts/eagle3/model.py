@@ -351,8 +351,11 @@ class Eagle3Draft(nn.Module):
             queries, keys = torch.split(rotated, heads, dim=1)
             own = (*own, keys, values)
         pairs = list(zip(own[::2], own[1::2], strict=True))
-        attended = ttt_attention(queries, block0, pairs, layout, self.options.attention_backend)
-        return self.midlayer.output(hidden, attended, self.options.compiled), *own[-2:]
+        options = self.options
+        attended = ttt_attention(
+            queries, block0, pairs, layout, options.attention_backend, options.compiled
+        )
+        return self.midlayer.output(hidden, attended, options.compiled), *own[-2:]
 
     def _project(
         self,
