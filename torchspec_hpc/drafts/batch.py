@@ -91,6 +91,7 @@ def pack(samples: Sequence[PackedSample]) -> PackedBatch:
         input_ids=torch.cat([torch.as_tensor(ids).to(torch.int64) for ids, *_ in samples]),
         loss_mask=torch.cat([torch.as_tensor(mask).to(torch.bool) for _, mask, _ in samples]),
         cu_seqlens=lengths.cumsum(0),
-        aux=torch.cat([states[:, :-1].flatten(1) for *_, states in samples]),
+        # joined, then flattened: the other way round each part would be copied twice
+        aux=torch.cat([states[:, :-1] for *_, states in samples]).flatten(1),
         last=torch.cat([states[:, -1] for *_, states in samples]),
     )

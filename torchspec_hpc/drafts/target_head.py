@@ -21,10 +21,11 @@ def row_argmax(x: Tensor) -> Tensor:
     """
     if x.device.type != "cpu" or x.shape[-1] % _BLOCK or not x.numel():
         return x.argmax(-1)
-    blocks = x.unflatten(-1, (-1, _BLOCK))
+    blocks = x.view(*x.shape[:-1], -1, _BLOCK)
     which = blocks.amax(-1).argmax(-1)
     block = blocks.gather(-2, which[..., None, None].expand(*which.shape, 1, _BLOCK))
-    return which * _BLOCK + block[..., 0, :].argmax(-1)
+    found: Tensor = which * _BLOCK + block[..., 0, :].argmax(-1)
+    return found
 
 
 class TargetHead(nn.Module):
