@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
 
 from tests.drafts import padded_eagle3
 from torchspec_hpc.config.schema import TrainingConfig
-from torchspec_hpc.drafts.batch import pack
+from torchspec_hpc.drafts.batch import PackedBatch, pack
 from torchspec_hpc.drafts.eagle3.config import Eagle3Config
 from torchspec_hpc.drafts.eagle3.flops import step_flops
 from torchspec_hpc.drafts.eagle3.model import Eagle3Draft
@@ -63,6 +65,7 @@ class Case:
     shape: Eagle3Config
     target: TargetTensors
     samples: list[Sample]
+    peaks: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def make(cls, options: argparse.Namespace) -> Case:
@@ -74,19 +77,23 @@ class Case:
         dtype = options.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
         config = TrainingConfig(
             ttt_length=options.ttt,
-            num_threads=options.threads,
             compute_dtype=dtype,
             loss_chunk_mib=options.chunk_mib,
+            fsdp_strategy=options.fsdp,
         )
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        world = join(config)
+        world = _join(options.threads)
         shape = _shape(options)
-        generator = torch.Generator().manual_seed(0)
-        embedding = torch.randn(shape.vocab_size, shape.hidden_size, generator=generator) * 0.02
-        embedding = embedding.to(world.device, getattr(torch, dtype))
+        torch.manual_seed(0)
+        size = (shape.vocab_size, shape.hidden_size)
+        embedding = torch.randn(size, device=world.device).mul_(0.02).to(getattr(torch, dtype))
         target = TargetTensors(embedding, torch.ones(shape.hidden_size).to(embedding), embedding)
+        generator = torch.Generator().manual_seed(world.rank)
         return cls(options, world, config, shape, target, _samples(options, shape, generator))
+
+    def runner(self, name: str, settings: dict[str, object]) -> Callable[[], object]:
+        """One of the ways to train, or the products alone."""
+        special = {"plain": self.plain, "products": self.products}
+        return special[name]() if name in special else self.fast(settings)
 
     def fast(self, settings: dict[str, object]) -> Callable[[], object]:
         """The trainer's step."""
@@ -96,7 +103,10 @@ class Case:
         optimizer = build_optimizer(draft, config)
         set_hyperparameters(optimizer, config, 1e-4)
         step = Eagle3Step(draft, self._head(), optimizer, self.world, config)
-        return lambda: step([self.batch])
+        batch = self.batch.to("cpu", getattr(torch, config.compute_dtype))  # as engines send it
+        if self.is_cuda:
+            batch = PackedBatch(**{k: v.pin_memory() for k, v in vars(batch).items()})
+        return lambda: step([batch])
 
     def plain(self) -> Callable[[], object]:
         """The padded step, a few samples at a time."""
@@ -139,10 +149,23 @@ class Case:
             w = torch.randn(n, k, device=self.world.device, dtype=dtype)
             made.append((x, w, times))
 
+        # attention's two forward and four backward products, as batches over the heads
+        shape, scores = self.shape, self.plan.num_scores
+        side = max(64, math.isqrt(scores))
+        heads = shape.num_attention_heads
+        q = torch.randn(heads, side, shape.head_dim, device=self.world.device, dtype=dtype)
+        p = torch.randn(heads, side, side, device=self.world.device, dtype=dtype)
+        repeats = max(1, round(scores / side**2))
+
         def run() -> None:
             for x, w, times in made:
                 for _ in range(times):
                     torch.mm(x, w.T)
+            for _ in range(repeats):
+                for _ in range(2):
+                    torch.bmm(q, q.transpose(1, 2))
+                for _ in range(4):
+                    torch.bmm(p, q)
 
         return run
 
@@ -183,16 +206,41 @@ class Case:
     @property
     def device_name(self) -> str:
         """For people."""
-        cuda = self.world.device.type == "cuda"
-        return torch.cuda.get_device_name() if cuda else "cpu"
+        return torch.cuda.get_device_name() if self.is_cuda else "cpu"
 
     def num_recompiles(self) -> int:
         """Graphs that torch.compile made so far in this process."""
         return int(counters["stats"]["unique_graphs"])
 
+    @property
+    def is_cuda(self) -> bool:
+        """Whether there is a GPU."""
+        return self.world.device.type == "cuda"
+
+    def reset_peak(self) -> None:
+        """Begins to look for the highest use of GPU memory; the models are there."""
+        if self.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self._built_bytes = torch.cuda.memory_allocated()
+
+    def grown_peak(self) -> int:
+        """Bytes of GPU memory over those of the models as they were built."""
+        return torch.cuda.max_memory_allocated() - self._built_bytes
+
+    def print_profile(self) -> None:
+        """Where the fast step's time goes."""
+        run = self.fast({})
+        run()
+        kinds = {ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.is_cuda else [])}
+        with profile(activities=kinds) as found:
+            run()
+            self.synchronize()
+        key = f"self_{'cuda' if self.is_cuda else 'cpu'}_time_total"
+        print(found.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=60))
+
     def synchronize(self) -> None:
         """Waits for the GPU, if there is one."""
-        if self.world.device.type == "cuda":
+        if self.is_cuda:
             torch.cuda.synchronize()
 
     def __post_init__(self) -> None:
@@ -201,14 +249,15 @@ class Case:
     def _draft(self, config: TrainingConfig) -> Eagle3Draft:
         kept = None
         if self.shape.draft_vocab_size < self.shape.vocab_size:
-            kept = torch.arange(self.shape.draft_vocab_size)
+            kept = torch.arange(self.shape.draft_vocab_size, device=self.world.device)
         options = compute_options(config, self.world.device)
-        draft = Eagle3Draft(self.shape, self.target.embedding, kept, options)
-        draft.initialize(self.target, 0)
-        draft = draft.to(self.world.device)
-        if kept is not None:
+        with torch.device(self.world.device):
+            draft = Eagle3Draft(self.shape, self.target.embedding, kept, options)
+            for parameter in draft.parameters():
+                torch.nn.init.normal_(parameter, std=0.02)
+        if draft.t2d is not None:
             # the random target's choices are anywhere: let all of them count
-            draft.t2d = torch.ones_like(draft.t2d)  # type: ignore[arg-type]
+            draft.t2d = torch.ones_like(draft.t2d)
         return draft
 
     def _head(self) -> TargetHead:
@@ -223,18 +272,20 @@ class Case:
 
 
 def memory_of(options: argparse.Namespace, name: str) -> int:
-    """Growth of peak memory by two steps of one kind, bytes."""
+    """Growth of a process's peak memory by two steps of one kind, bytes; without a GPU."""
     from bench_trainer import VARIANTS
 
     case = Case.make(options)
-    run = case.plain() if name == "plain" else case.fast(VARIANTS.get(name, {}))
-    cuda = case.world.device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() if cuda else _resident_peak()
+    run = case.runner(name, VARIANTS.get(name, {}))
+    before = _resident_peak()
     for _ in range(2):
         run()
-    return (torch.cuda.max_memory_allocated() if cuda else _resident_peak()) - before
+    return _resident_peak() - before
+
+
+@cache
+def _join(threads: int | None) -> World:
+    return join(TrainingConfig(num_threads=threads))
 
 
 def _resident_peak() -> int:
@@ -265,7 +316,9 @@ def _samples(
 ) -> list[Sample]:
     tokens = options.case[0]
     if options.data == "dense":
-        masks = [torch.ones(tokens, dtype=torch.bool)] * 2
+        length = options.document or tokens
+        number = tokens // length if options.document else 2
+        masks = [torch.ones(length, dtype=torch.bool)] * number
     else:
         masks = list(_chat_masks(tokens, generator))
     columns = len(shape.aux_layers) + 1

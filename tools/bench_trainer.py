@@ -25,7 +25,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -56,32 +55,28 @@ def main() -> None:
         print(json.dumps({"peak_bytes": steps.memory_of(options, options.memory_of)}))
         return
     rows = []
+    is_main = os.environ.get("RANK", "0") == "0"
     for tokens in options.tokens:
         for draft_vocab in options.draft_vocab or [steps.PRESETS[options.preset].draft_vocab]:
             options.case = (tokens, draft_vocab)
             rows += measure(options)
-            Console(width=150).print(table(options, rows))
-    if options.json:
+            if is_main:
+                Console(width=150).print(table(options, rows))
+    if options.json and is_main:
         Path(options.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, object]]:
     """One combination: all its steps, in turns."""
     case = steps.Case.make(options)
-    runners: dict[str, Callable[[], object]] = {"fast": case.fast({})}
-    runners |= {name: case.fast(VARIANTS[name]) for name in options.compare}
-    if not options.no_plain:
-        runners["plain"] = case.plain()
-    runners["products"] = case.products()
-    seconds: dict[str, list[float]] = {name: [] for name in runners}
-    for round_ in range(options.rounds + 1):
-        for name, run in runners.items():
-            case.synchronize()
-            start = time.perf_counter()
-            run()
-            case.synchronize()
-            if round_:  # the first one is warm-up
-                seconds[name].append(time.perf_counter() - start)
+    names = ["fast", *options.compare, *(() if options.no_plain else ("plain",)), "products"]
+    if case.is_cuda:  # steady, and too small for all at once
+        seconds = {name: timed(case, [name], options.rounds)[name] for name in names}
+    else:
+        seconds = timed(case, names, options.rounds)
+    seconds = {name: times for name, times in seconds.items() if times}
+    if options.profile:
+        case.print_profile()
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     floor = medians.pop("products")
     # a ratio per round: the machine's speed drifts
@@ -102,7 +97,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
             "products_seconds": floor,
             "of_products": ratio(seconds["products"], seconds[name]),
             "speedup": ratio(seconds["plain"], seconds[name]) if "plain" in seconds else None,
-            "peak_bytes": peak_in_its_own_process(options, name),
+            "peak_bytes": case.peaks.get(name) or peak_in_its_own_process(options, name),
             "skipped": case.skipped_share,
             "tflops": case.flops / median / 1e12 if name != "plain" else None,
             "mfu": case.flops / median / (options.peak_tflops * 1e12)
@@ -112,6 +107,28 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
         }
         for name, median in medians.items()
     ]
+
+
+def timed(case: steps.Case, names: list[str], rounds: int) -> dict[str, list[float]]:
+    """Seconds of some ways to train, in turns; none of one that does not fit into memory."""
+    runners = {name: case.runner(name, VARIANTS.get(name, {})) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    case.reset_peak()
+    for round_ in range(rounds + 1):
+        for name, run in runners.items():
+            case.synchronize()
+            start = time.perf_counter()
+            try:
+                run()
+            except torch.OutOfMemoryError as error:
+                print(f"{name}: {str(error).splitlines()[0]}", file=sys.stderr)
+                return {name: []}
+            case.synchronize()
+            if round_:  # the first one is warm-up
+                seconds[name].append(time.perf_counter() - start)
+    if case.is_cuda:
+        case.peaks[names[0]] = case.grown_peak()
+    return seconds
 
 
 def ratio(slow: list[float], fast: list[float]) -> float:
@@ -176,6 +193,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[512])
     parser.add_argument("--draft-vocab", type=int, nargs="+", help="rows of the draft's head")
+    parser.add_argument("--document", type=int, help="dense: tokens of a sample, --tokens in all")
+    parser.add_argument("--fsdp", choices=("full_shard", "replicate"), default="full_shard")
+    parser.add_argument("--profile", action="store_true", help="print the longest operations")
     parser.add_argument("--ttt", type=int, default=7, help="K")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: by device")
     parser.add_argument("--compare", nargs="*", choices=VARIANTS, default=[])

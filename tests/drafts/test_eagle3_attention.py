@@ -36,10 +36,12 @@ def make(
     return tuple(x.to(device).requires_grad_() for x in made)
 
 
-def run(tensors: tuple[Tensor, ...], layout: Layout, backend: Backend) -> Tensor:
+def run(
+    tensors: tuple[Tensor, ...], layout: Layout, backend: Backend, compiled: bool = False
+) -> Tensor:
     q, k, v, *own = tensors
     pairs = list(zip(own[::2], own[1::2], strict=True))
-    return ttt_attention(q, (k, v), pairs, layout, backend)
+    return ttt_attention(q, (k, v), pairs, layout, backend, compiled)
 
 
 def dense(tensors: tuple[Tensor, ...], rows: Tensor, lengths: list[int]) -> Tensor:
@@ -112,26 +114,27 @@ def test_automatic_choice() -> None:
 
 @needs_gpu
 @pytest.mark.parametrize(
-    ("backend", "dtype"),
+    ("backend", "dtype", "compiled"),
     [
-        ("flash", torch.bfloat16),
-        ("flash", torch.float16),
-        ("flex_attention", torch.bfloat16),
-        ("flex_attention", torch.float32),
-        ("plain", torch.float32),
+        ("flash", torch.bfloat16, False),
+        ("flash", torch.bfloat16, True),
+        ("flash", torch.float16, False),
+        ("flex_attention", torch.bfloat16, False),
+        ("flex_attention", torch.float32, False),
+        ("plain", torch.float32, False),
     ],
 )
 @pytest.mark.parametrize("num_own", [0, 6])
 @pytest.mark.parametrize("share", [0.02, 0.6, 1.0])
 def test_matches_dense_attention_on_a_gpu(
-    backend: Backend, dtype: torch.dtype, num_own: int, share: float
+    backend: Backend, dtype: torch.dtype, compiled: bool, num_own: int, share: float
 ) -> None:
     lengths = [300, 1, 2, 517, 130]
     rows = some_rows(share, lengths)
     tensors = make(num_own, lengths, rows, head_dim=64, device="cuda")
     low = tuple(x.detach().to(dtype).requires_grad_() for x in tensors)
     exact = tuple(x.detach().double().requires_grad_() for x in low)
-    output = run(low, layout_of(rows, lengths, "cuda"), backend)
+    output = run(low, layout_of(rows, lengths, "cuda"), backend, compiled)
     expected = dense(exact, rows, lengths)
     assert output.dtype == dtype
     upstream = torch.randn_like(expected)

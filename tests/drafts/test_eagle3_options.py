@@ -7,6 +7,7 @@ import torch
 
 from tests.drafts import padded_eagle3
 from tests.drafts.cases import Case, Document, make_case
+from torchspec_hpc.drafts.batch import pack
 from torchspec_hpc.drafts.eagle3.model import ComputeOptions
 from torchspec_hpc.drafts.losses import LossMix
 
@@ -83,6 +84,38 @@ def test_another_loss_reaches_the_parameters() -> None:
     assert not torch.allclose(
         found["fc.weight"], run(make_case(pruned=False), documents(case))["fc.weight"]
     )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("pruned", [False, True], ids=["full", "pruned"])
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.bfloat16, ComputeOptions()),
+        (torch.bfloat16, ComputeOptions(compiled=True, gradient_checkpointing=True)),
+        (torch.bfloat16, ComputeOptions(attention_backend="flex_attention")),
+        (torch.float32, ComputeOptions()),
+        (torch.float32, ComputeOptions(compiled=True)),
+    ],
+    ids=["bf16", "bf16-compiled", "bf16-flex", "fp32", "fp32-compiled"],
+)
+def test_a_step_on_a_gpu(dtype: torch.dtype, options: ComputeOptions, pruned: bool) -> None:
+    exact = make_case(pruned=pruned)
+    expected = run(exact, documents(exact))
+    case = make_case(pruned=pruned, options=options)
+    batch = pack(documents(case))
+    plan = case.plan(batch, len(WEIGHTS))
+    case.draft.to("cuda", dtype)
+    head = case.head.to("cuda", dtype).rows(case.draft.kept_ids)
+    output = case.draft(
+        batch.to("cuda", dtype), head, plan, plan.trained.cuda(), WEIGHTS.float().cuda()
+    )
+    output.loss.backward()
+    limit = 1e-3 if dtype == torch.float32 else 6e-2
+    found = {"loss": output.loss.detach(), **case.gradients()}
+    for key, value in expected.items():
+        error = (found[key].cpu().double() - value).norm() / value.norm()
+        assert error < limit, f"{key}: {error:.4f}"
 
 
 @pytest.mark.slow

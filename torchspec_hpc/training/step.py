@@ -96,7 +96,9 @@ class Eagle3Step:
             flag: Any rank's flag becomes every rank's ``flagged``; it rides an all-reduce.
         """
         start = time.monotonic()
-        plans = [self._plan(batch) for batch in batches or ()]
+        # the device holds the hidden states of one micro-batch at a time
+        only = self._on_device(batches[0]) if batches and len(batches) == 1 else None
+        plans = [self._plan(batch, (only or batch).last) for batch in batches or ()]
         trained = [torch.zeros(self._ttt_length, dtype=torch.int64), *(p.trained for p in plans)]
         mine = torch.cat([torch.stack(trained).sum(0), torch.tensor([flag, batches is None])])
         shared = sum_over_ranks(mine.to(self._world.device))
@@ -106,7 +108,7 @@ class Eagle3Step:
         sums = self._no_sums()
         for index, (batch, plan) in enumerate(zip(batches, plans, strict=True)):
             self._sharded.set_requires_gradient_sync(index == len(batches) - 1)
-            output = self._forward(batch, plan, num_trained)
+            output = self._forward(only or self._on_device(batch), plan, num_trained)
             # FSDP averages gradients over ranks; the loss is a sum over them
             (output.loss * self._world.size).backward()  # type: ignore[no-untyped-call]
             sums += self._sums(output, plan)
@@ -140,30 +142,33 @@ class Eagle3Step:
         """
         sums = self._no_sums()
         for batch in batches:
-            plan = self._plan(batch)
+            moved = self._on_device(batch)
+            plan = self._plan(batch, moved.last)
             # each micro-batch's own mean: only the sums are looked at
-            sums += self._sums(self._forward(batch, plan, plan.trained.to(sums.device)), plan)
+            sums += self._sums(self._forward(moved, plan, plan.trained.to(sums.device)), plan)
         self._sharded.reshard()  # the last forward left the parameters whole
         return sums
 
+    def _on_device(self, batch: PackedBatch) -> PackedBatch:
+        return batch.to(self._world.device, self._dtype)
+
     def _forward(self, batch: PackedBatch, plan: TTTPlan, num_trained: Tensor) -> TTTOutput:
-        # the device holds the hidden states of one micro-batch at a time
-        output: TTTOutput = self._draft(
-            batch.to(self._world.device, self._dtype),
-            self._draft_head,
-            plan,
-            num_trained,
-            self._weights,
-        )
+        output: TTTOutput = self._draft(batch, self._draft_head, plan, num_trained, self._weights)
         return output
 
-    def _plan(self, batch: PackedBatch) -> TTTPlan:
-        """Which predictions count; for a pruned vocabulary that takes the target's choices."""
+    def _plan(self, batch: PackedBatch, last: Tensor) -> TTTPlan:
+        """Which predictions count; for a pruned vocabulary that takes the target's choices.
+
+        Args:
+            batch: On the CPU.
+            last: Its outputs of the target's last layer, wherever they are.
+        """
         kept = self._draft.t2d
         if kept is None:
             return make_plan(batch, self._ttt_length)
-        rows = batch.last.index_select(0, scored_targets(batch))
-        choices = self._head.argmax(rows.to(self._world.device, self._dtype, non_blocking=True))
+        last = last.to(self._world.device, self._dtype, non_blocking=True)
+        scored = scored_targets(batch).to(last.device, non_blocking=True)
+        choices = self._head.argmax(last.index_select(0, scored))
         return make_plan(batch, self._ttt_length, kept[choices].cpu())
 
     def _no_sums(self) -> Tensor:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from torchspec_hpc.drafts.eagle3.config import Eagle3Config
 from torchspec_hpc.drafts.eagle3.plan import TTTPlan
 
@@ -37,7 +34,7 @@ def step_flops(config: Eagle3Config, plan: TTTPlan) -> float:
     per_token += 3 * 2 * hidden * (q_width + kv_width)  # of the embedding
     per_token += 3 * 2 * hidden * kv_width  # of the hidden state, step 0
     per_row = 3 * 2 * hidden * (2 * q_width + 3 * config.intermediate_size)
-    attention = 6 * 2 * q_width * sum(_num_keys(plan, step) for step in range(len(plan.steps)))
+    attention = 6 * 2 * q_width * plan.num_scores
     predictions = 3 * 2 * hidden * config.draft_vocab_size * int(plan.trained.sum())
     targets = 2 * hidden * config.draft_vocab_size * len(plan.targets)
     if config.draft_vocab_size < config.vocab_size:
@@ -50,14 +47,3 @@ def step_flops(config: Eagle3Config, plan: TTTPlan) -> float:
         + predictions
         + targets
     )
-
-
-def _num_keys(plan: TTTPlan, step: int) -> int:
-    """Pairs of a row and a key of block 0 that it reads."""
-    rows = plan.steps[step]
-    starts = rows.cu_seqlens[:-1].repeat_interleave(_lengths(rows.bounds))
-    return int((rows.index[rows.order] - starts + 1).sum())
-
-
-def _lengths(bounds: list[int]) -> Tensor:
-    return torch.tensor(bounds).diff()

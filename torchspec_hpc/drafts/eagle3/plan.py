@@ -35,6 +35,12 @@ class StepRows:
     bounds: list[int]
     cu_seqlens: Tensor
 
+    @property
+    def num_scores(self) -> int:
+        """Pairs of a row and a key of block 0 that it reads: those up to itself."""
+        starts = self.cu_seqlens[:-1].repeat_interleave(torch.tensor(self.bounds).diff())
+        return int((self.index[self.order] - starts + 1).sum())
+
 
 @dataclass(frozen=True)
 class TTTPlan:
@@ -66,6 +72,11 @@ class TTTPlan:
     def num_states(self) -> int:
         """Rows of all TTT steps together."""
         return sum(len(step.index) for step in self.steps)
+
+    @property
+    def num_scores(self) -> int:
+        """Pairs of a row and a key of block 0 that it reads, of all TTT steps."""
+        return sum(step.num_scores for step in self.steps)
 
 
 def scored_targets(batch: PackedBatch) -> Tensor:
