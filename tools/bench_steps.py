@@ -36,6 +36,15 @@ Sample = tuple[Tensor, Tensor, Tensor]
 #: Samples that the plain step pads and computes at a time.
 PLAIN_SAMPLES = 2
 
+#: What --compare switches on in turn.
+VARIANTS: dict[str, dict[str, object]] = {
+    "compile": {"torch_compile": True},
+    "eager": {"torch_compile": False},
+    "checkpointing": {"gradient_checkpointing": True},
+    "flex": {"attention_backend": "flex_attention"},
+    "plain-attention": {"attention_backend": "plain"},
+}
+
 
 class Preset(NamedTuple):
     """Shape of a target's draft."""
@@ -273,8 +282,6 @@ class Case:
 
 def memory_of(options: argparse.Namespace, name: str) -> int:
     """Growth of a process's peak memory by two steps of one kind, bytes; without a GPU."""
-    from bench_trainer import VARIANTS
-
     case = Case.make(options)
     run = case.runner(name, VARIANTS.get(name, {}))
     before = _resident_peak()

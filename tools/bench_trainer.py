@@ -10,7 +10,7 @@ Every row compares, in one run and in turns:
 - *fast*: the trainer's own step, as ``torchspec-hpc`` runs it, FSDP2 and optimizer included;
 - *plain*: tests/drafts/padded_eagle3.py on the same samples, two at a time, padded: the step of the
   reference system, with AdamW;
-- *products*: the fast step's matrix products alone, without attention's: its floor.
+- *products*: the fast step's matrix products alone, attention's among them: its floor.
 
 Hidden states are random.  Medians of --rounds; peak memory is measured in a process of its own per
 step: growth over the built model, after two steps.  --json keeps everything.
@@ -19,6 +19,7 @@ step: growth over the built model, after two steps.  --json keeps everything.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -34,14 +35,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-#: What --compare switches on in turn.
-VARIANTS: dict[str, dict[str, object]] = {
-    "compile": {"torch_compile": True},
-    "eager": {"torch_compile": False},
-    "checkpointing": {"gradient_checkpointing": True},
-    "flex": {"attention_backend": "flex_attention"},
-    "plain-attention": {"attention_backend": "plain"},
-}
 COLUMNS = (
     "data", "tokens", "V_draft", "step", "s/step", "tokens/s", "supervised/s", "x plain",
     "of products", "peak GiB", "x plain", "skipped", "MFU",
@@ -111,7 +104,9 @@ def measure(options: argparse.Namespace) -> list[dict[str, object]]:
 
 def timed(case: steps.Case, names: list[str], rounds: int) -> dict[str, list[float]]:
     """Seconds of some ways to train, in turns; none of one that does not fit into memory."""
-    runners = {name: case.runner(name, VARIANTS.get(name, {})) for name in names}
+    gc.collect()
+    torch.cuda.empty_cache()
+    runners = {name: case.runner(name, steps.VARIANTS.get(name, {})) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     case.reset_peak()
     for round_ in range(rounds + 1):
@@ -198,7 +193,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="print the longest operations")
     parser.add_argument("--ttt", type=int, default=7, help="K")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: by device")
-    parser.add_argument("--compare", nargs="*", choices=VARIANTS, default=[])
+    parser.add_argument("--compare", nargs="*", choices=steps.VARIANTS, default=[])
     parser.add_argument("--chunk-mib", type=int, help="training.loss_chunk_mib")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--rounds", type=int, default=3)

@@ -110,7 +110,7 @@ def layer(
     attention, length = mid.self_attn, hidden.shape[1]
     embeds = F.embedding(shift(batch.input_ids, 1 + step), draft.embedding).to(hidden.dtype)
     z = torch.cat([mid.input_layernorm(embeds), mid.hidden_norm(hidden)], dim=-1)
-    frequencies = draft.rope.frequencies(torch.tensor([length], device=z.device))
+    frequencies = draft.rope.frequencies(torch.tensor([length]), z.device)
     positions = torch.arange(length, device=z.device) + step
     cos_sin = draft.rope.cos_sin(positions, frequencies.expand(length, -1))
 

@@ -60,12 +60,24 @@ class PackedBatch:
     def to(self, device: torch.device | str, dtype: torch.dtype) -> PackedBatch:
         """Returns the batch on ``device``, hidden states in ``dtype``."""
         return PackedBatch(
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            loss_mask=self.loss_mask.to(device, non_blocking=True),
-            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
+            input_ids=upload(self.input_ids, device),
+            loss_mask=upload(self.loss_mask, device),
+            cu_seqlens=upload(self.cu_seqlens, device),
+            # large: pinned by who packs, or copied as they are
             aux=self.aux.to(device, dtype, non_blocking=True),
             last=self.last.to(device, dtype, non_blocking=True),
         )
+
+
+def upload(x: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
+    """Copies a CPU tensor without waiting for what the device still has to do.
+
+    A copy from memory that is not pinned would wait.  PyTorch keeps the pinned memory until the
+    copy is done.
+    """
+    if torch.device(device).type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()  # itself, if it is pinned
+    return x.to(device, dtype, non_blocking=True)
 
 
 def pack(samples: Sequence[PackedSample]) -> PackedBatch:

@@ -84,6 +84,8 @@ def fused_loss(
     num_steps = len(targets.pairs)
     chunk = max(1, limit // (4 * weight.shape[0] * num_steps))
     loss_of = _loss_function(mix, compiled)
+    if not torch.is_grad_enabled():  # a parameter would still be said to need a gradient
+        states, weight = states.detach(), weight.detach()
     found = _Fused.apply(  # type: ignore[no-untyped-call]
         states, weight, targets, scale, loss_of, chunk
     )

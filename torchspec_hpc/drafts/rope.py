@@ -47,13 +47,20 @@ class RotaryEmbedding:
         self._frequencies: Tensor = rotary.inv_freq  # [head_dim/2] float32
         self.attention_scaling = float(rotary.attention_scaling)
 
-    def frequencies(self, lengths: Tensor) -> Tensor:
-        """Returns the inverse frequencies of documents of ``lengths`` [D]: [D, head_dim/2]."""
+    def frequencies(self, lengths: Tensor, device: torch.device | str = "cpu") -> Tensor:
+        """Returns the inverse frequencies of documents, [D, head_dim/2] on ``device``.
+
+        Args:
+            lengths: [D], on the CPU.
+            device: Where they are wanted.
+        """
         if self._kind not in LENGTH_DEPENDENT:
-            return self._frequencies.to(lengths.device).expand(len(lengths), -1)
+            if self._frequencies.device != torch.device(device):  # once
+                self._frequencies = self._frequencies.to(device)
+            return self._frequencies.expand(len(lengths), -1)
         compute = ROPE_INIT_FUNCTIONS[self._kind]
         rows = [compute(self._config, torch.device("cpu"), seq_len=n)[0] for n in lengths.tolist()]
-        return torch.stack(rows).to(lengths.device)
+        return torch.stack(rows).to(device)
 
     def cos_sin(self, positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
         """Returns cosines and sines, [N, head_dim] each, float32.

@@ -85,7 +85,12 @@ def build_draft(
 
 
 def compute_options(settings: TrainingConfig, device: torch.device) -> ComputeOptions:
-    """How the draft's training step is computed."""
+    """How the draft's training step is computed.
+
+    Raises:
+        ConfigError: The attention back end does not work on the device, or in this precision.
+    """
+    _check_backend(settings, device)
     loss, compile_ = settings.loss_type, settings.torch_compile
     weights = {loss: 1.0} if isinstance(loss, str) else loss
     return ComputeOptions(
@@ -95,6 +100,23 @@ def compute_options(settings: TrainingConfig, device: torch.device) -> ComputeOp
         compiled=device.type == "cuda" if compile_ == "auto" else compile_,
         loss_chunk_bytes=settings.loss_chunk_mib and settings.loss_chunk_mib * 2**20,
     )
+
+
+def _check_backend(settings: TrainingConfig, device: torch.device) -> None:
+    backend = settings.attention_backend
+    works = {
+        "sdpa": device.type == "cpu" and settings.compute_dtype == "float32",
+        "flash": device.type == "cuda" and settings.compute_dtype != "float32",
+        "flex_attention": device.type == "cuda",
+    }
+    if not works.get(backend, True):
+        allowed = ["auto", *(name for name, fits in works.items() if fits), "plain"]
+        raise ConfigError(
+            f"training.attention_backend = {backend} does not work on {device.type} with "
+            f"training.compute_dtype = {settings.compute_dtype}",
+            allowed=", ".join(allowed),
+            hint="leave it at auto",
+        )
 
 
 def _on_device(target: TargetTensors, device: torch.device) -> TargetTensors:

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from torchspec_hpc.config.schema import TrainingConfig
-from torchspec_hpc.drafts.batch import PackedBatch
+from torchspec_hpc.drafts.batch import PackedBatch, upload
 from torchspec_hpc.drafts.eagle3.flops import step_flops
 from torchspec_hpc.drafts.eagle3.model import Eagle3Draft
 from torchspec_hpc.drafts.eagle3.plan import TTTPlan, make_plan, scored_targets
@@ -83,6 +83,7 @@ class Eagle3Step:
         self._draft, self._sharded = draft, draft
         self._head, self._optimizer, self._world = head, optimizer, world
         self._draft_head = head.rows(draft.kept_ids)
+        self._trains_head = draft.lm_head.weight.requires_grad
         self._dtype = getattr(torch, config.compute_dtype)
         self._ttt_length, self._max_grad_norm = config.ttt_length, config.max_grad_norm
         self._weights = torch.tensor(step_weights(config), device=world.device)
@@ -101,29 +102,34 @@ class Eagle3Step:
         plans = [self._plan(batch, (only or batch).last) for batch in batches or ()]
         trained = [torch.zeros(self._ttt_length, dtype=torch.int64), *(p.trained for p in plans)]
         mine = torch.cat([torch.stack(trained).sum(0), torch.tensor([flag, batches is None])])
-        shared = sum_over_ranks(mine.to(self._world.device))
+        shared = sum_over_ranks(upload(mine, self._world.device))
         num_trained, (flagged, abandoned) = shared[:-2], (shared[-2:] > 0).tolist()
         if abandoned or batches is None:
-            return StepResult(self._no_sums(), 0.0, applied=False, flagged=True, abandoned=True)
-        sums = self._no_sums()
+            nothing = _with_counts(self._zeros(), [])
+            return StepResult(nothing, 0.0, applied=False, flagged=True, abandoned=True)
+        found = self._zeros()
         for index, (batch, plan) in enumerate(zip(batches, plans, strict=True)):
-            self._sharded.set_requires_gradient_sync(index == len(batches) - 1)
+            is_last = index == len(batches) - 1
+            self._sharded.set_requires_gradient_sync(is_last)
+            self._sharded.set_reshard_after_backward(is_last)  # else gathered for each anew
             output = self._forward(only or self._on_device(batch), plan, num_trained)
             # FSDP averages gradients over ranks; the loss is a sum over them
             (output.loss * self._world.size).backward()  # type: ignore[no-untyped-call]
-            sums += self._sums(output, plan)
+            found += torch.stack([output.loss_sums, output.correct.double()])
         grad_norm = self._clip()
         computed = time.monotonic()
         applied = grad_norm < float("inf")  # False for nan too
         if applied:
             self._optimizer.step()
         self._optimizer.zero_grad()
+        if self._world.device.type == "cuda":
+            torch.cuda.synchronize()  # what the update takes is its own time, not the next step's
         return StepResult(
-            sums,
+            _with_counts(found, plans),
             grad_norm,
             applied,
             flagged,
-            flops=sum(step_flops(self._draft.config, plan) for plan in plans),
+            flops=sum(step_flops(self._draft.config, plan, self._trains_head) for plan in plans),
             rows_computed=sum(plan.num_states for plan in plans),
             rows_total=self._ttt_length * sum(batch.num_tokens for batch in batches),
             compute_s=computed - start,
@@ -140,14 +146,16 @@ class Eagle3Step:
         Returns:
             ``[4, K]`` float64, of this rank; see :class:`StepResult`.
         """
-        sums = self._no_sums()
+        found, plans = self._zeros(), []
         for batch in batches:
             moved = self._on_device(batch)
             plan = self._plan(batch, moved.last)
             # each micro-batch's own mean: only the sums are looked at
-            sums += self._sums(self._forward(moved, plan, plan.trained.to(sums.device)), plan)
+            output = self._forward(moved, plan, upload(plan.trained, found.device))
+            found += torch.stack([output.loss_sums, output.correct.double()])
+            plans.append(plan)
         self._sharded.reshard()  # the last forward left the parameters whole
-        return sums
+        return _with_counts(found, plans)
 
     def _on_device(self, batch: PackedBatch) -> PackedBatch:
         return batch.to(self._world.device, self._dtype)
@@ -166,19 +174,25 @@ class Eagle3Step:
         kept = self._draft.t2d
         if kept is None:
             return make_plan(batch, self._ttt_length)
+        # all of them, pinned: gathering on the CPU would take longer than the copy
         last = last.to(self._world.device, self._dtype, non_blocking=True)
-        scored = scored_targets(batch).to(last.device, non_blocking=True)
+        scored = upload(scored_targets(batch), last.device)
         choices = self._head.argmax(last.index_select(0, scored))
         return make_plan(batch, self._ttt_length, kept[choices].cpu())
 
-    def _no_sums(self) -> Tensor:
-        return torch.zeros(4, len(self._weights), dtype=torch.float64, device=self._world.device)
-
-    def _sums(self, output: TTTOutput, plan: TTTPlan) -> Tensor:
-        counts = torch.stack([plan.scored, plan.trained]).to(self._world.device, torch.float64)
-        return torch.cat([torch.stack([output.loss_sums, output.correct.double()]), counts])
+    def _zeros(self) -> Tensor:
+        """[2, K], for losses and correct predictions."""
+        return torch.zeros(2, len(self._weights), dtype=torch.float64, device=self._world.device)
 
     def _clip(self) -> float:
         norm = nn.utils.clip_grad_norm_(self._draft.parameters(), self._max_grad_norm)
         assert isinstance(norm, DTensor)
         return float(norm.full_tensor())  # over the shards of all ranks
+
+
+def _with_counts(found: Tensor, plans: Sequence[TTTPlan]) -> Tensor:
+    """[4, K]: losses and correct predictions [2, K], then the scored and the trained ones."""
+    counts = torch.zeros_like(found, device="cpu")
+    for plan in plans:
+        counts += torch.stack([plan.scored, plan.trained])
+    return torch.cat([found, upload(counts, found.device)])

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from torchspec_hpc.drafts.compiling import fused
 from torchspec_hpc.drafts.eagle3.flash import CpuFlash, CudaFlash
-from torchspec_hpc.drafts.eagle3.flex import flex_attention
+from torchspec_hpc.drafts.eagle3.flex import FLEX_MIN_HEAD_DIM, flex_attention
 from torchspec_hpc.drafts.eagle3.plan import StepRows
 
 KeyValue = tuple[Tensor, Tensor]
@@ -94,7 +94,8 @@ def choose_backend(q: Tensor) -> Backend:
         return "sdpa" if q.dtype in (torch.float32, torch.float64) else "plain"
     if q.dtype in (torch.float16, torch.bfloat16):
         return "flash"
-    return "flex_attention" if q.dtype == torch.float32 else "plain"
+    fits_flex = q.dtype == torch.float32 and q.shape[-1] >= FLEX_MIN_HEAD_DIM
+    return "flex_attention" if fits_flex else "plain"
 
 
 def _merge(q: Tensor, out: Tensor, lse: Tensor, own: Sequence[KeyValue]) -> Tensor:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from torchspec_hpc.drafts.batch import upload
 from torchspec_hpc.drafts.eagle3.plan import StepRows
 
 # PyTorch's own kernels: what its public functions call, with the log-sum-exp that they hide
@@ -37,7 +38,7 @@ class CpuFlash:
     """
 
     def __init__(self, rows: StepRows) -> None:
-        self._order = rows.order
+        self._order, self._back = rows.order, torch.argsort(rows.order)
         self._runs = list(_runs(rows))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,8 +51,7 @@ class CpuFlash:
             results = [self._attend(ordered, k, v, part) for part in parts]
             lse[rows] = merged = torch.logsumexp(torch.stack([x for _, x in results]), 0)
             out[rows] = sum((x - merged).exp()[..., None] * o for o, x in results)
-        back = torch.argsort(self._order)
-        return out.index_select(0, back), lse.index_select(0, back)
+        return out.index_select(0, self._back), lse.index_select(0, self._back)
 
     def backward(
         self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
@@ -72,7 +72,7 @@ class CpuFlash:
                 (d_q, d_k, d_v), (part.rows, part.keys, part.keys), found, strict=True
             ):
                 total[at] += x[0].transpose(0, 1)
-        return d_q.index_select(0, torch.argsort(self._order)), d_k, d_v
+        return d_q.index_select(0, self._back), d_k, d_v
 
     @staticmethod
     def _attend(q: Tensor, k: Tensor, v: Tensor, part: _Part) -> tuple[Tensor, Tensor]:
@@ -164,7 +164,5 @@ class CudaFlash:
         return self._cu_q, self._cu_k, self._max_q, self._max_k
 
     def _to(self, device: torch.device) -> None:
-        self._slots = self._slots.to(device, non_blocking=True)
-        self._cu_q, self._cu_k = (
-            x.to(device, torch.int32, non_blocking=True) for x in (self._cu_q, self._cu_k)
-        )
+        self._slots = upload(self._slots, device)
+        self._cu_q, self._cu_k = (upload(x.int(), device) for x in (self._cu_q, self._cu_k))

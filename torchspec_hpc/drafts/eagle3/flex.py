@@ -8,8 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from torchspec_hpc.drafts.batch import upload
+
 if TYPE_CHECKING:
     from torchspec_hpc.drafts.eagle3.attention import Layout
+
+#: Narrower heads do not fill the matrix units that its kernels use.
+FLEX_MIN_HEAD_DIM = 16
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -19,7 +24,7 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Ten
         Output [R, heads, head_dim] and log-sum-exp [R, heads] in float32, both differentiable.
     """
     attend, make_mask = _compiled()
-    rows, ends = layout.positions, layout.rows.cu_seqlens[1:].to(q.device)
+    rows, ends = layout.positions, upload(layout.rows.cu_seqlens[1:], q.device)
     document_of_key = torch.searchsorted(ends, torch.arange(len(k), device=q.device), right=True)
     document_of_row = document_of_key[rows]
 

@@ -6,7 +6,7 @@ from torchspec_hpc.drafts.eagle3.config import Eagle3Config
 from torchspec_hpc.drafts.eagle3.plan import TTTPlan
 
 
-def step_flops(config: Eagle3Config, plan: TTTPlan) -> float:
+def step_flops(config: Eagle3Config, plan: TTTPlan, trains_head: bool = True) -> float:
     """FLOP of forward and backward of a micro-batch, as they are needed.
 
     A product of [m, k] and [k, n] counts 2mkn; elementwise work counts nothing, and neither does
@@ -19,7 +19,7 @@ def step_flops(config: Eagle3Config, plan: TTTPlan) -> float:
       state for every token in step 0 (keys, values) and for the rows of each step.
     - ``o_proj`` and MLP: the rows of each step.
     - Attention: two products forward and four backward over the (row, key) pairs of block 0.
-    - Draft head: each prediction, forward and backward.
+    - Draft head: each prediction, forward and backward; frozen: two products.
     - Target head: each target position once; for a pruned vocabulary the whole head for the
       target's choice and the kept rows for its distribution.
     """
@@ -35,7 +35,9 @@ def step_flops(config: Eagle3Config, plan: TTTPlan) -> float:
     per_token += 3 * 2 * hidden * kv_width  # of the hidden state, step 0
     per_row = 3 * 2 * hidden * (2 * q_width + 3 * config.intermediate_size)
     attention = 6 * 2 * q_width * plan.num_scores
-    predictions = 3 * 2 * hidden * config.draft_vocab_size * int(plan.trained.sum())
+    predictions = (
+        (3 if trains_head else 2) * 2 * hidden * config.draft_vocab_size * int(plan.trained.sum())
+    )
     targets = 2 * hidden * config.draft_vocab_size * len(plan.targets)
     if config.draft_vocab_size < config.vocab_size:
         targets += 2 * hidden * config.vocab_size * int(plan.scored[0])

@@ -12,147 +12,41 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from torchspec_hpc.drafts.batch import PackedBatch
-from torchspec_hpc.drafts.compiling import fused
+from torchspec_hpc.drafts.batch import PackedBatch, upload
 from torchspec_hpc.drafts.eagle3.attention import Backend, KeyValue, Layout, ttt_attention
 from torchspec_hpc.drafts.eagle3.config import Eagle3Config
+from torchspec_hpc.drafts.eagle3.layers import CosSin, MidLayer
 from torchspec_hpc.drafts.eagle3.plan import TTTPlan
 from torchspec_hpc.drafts.eagle3.ttt import TTTOutput
 from torchspec_hpc.drafts.fused_loss import Targets, fused_loss
 from torchspec_hpc.drafts.losses import FORWARD_KL, LossMix
-from torchspec_hpc.drafts.norm import RMSNorm, rms_norm
-from torchspec_hpc.drafts.rope import RotaryEmbedding, rotate
+from torchspec_hpc.drafts.norm import RMSNorm
+from torchspec_hpc.drafts.rope import RotaryEmbedding
 from torchspec_hpc.drafts.target_head import TargetHead
 
 if TYPE_CHECKING:
     from torchspec_hpc.target.weights import TargetTensors
 
-CosSin = tuple[Tensor, Tensor]
 INIT_STD = 0.02
 
 
 @dataclass(frozen=True)
 class ComputeOptions:
-    """How the training step is computed; none of it changes what is computed.
+    """What a training step minimises, and how it is computed.
 
     Attributes:
+        loss: What is minimised; nothing else here changes the result but for rounding.
         attention_backend: See :func:`~torchspec_hpc.drafts.eagle3.attention.ttt_attention`.
-        loss: What is minimised (this one does change it).
         gradient_checkpointing: Keep a TTT step's input only, and compute the rest again.
         compiled: Fuse elementwise work with torch.compile.
         loss_chunk_bytes: See :func:`~torchspec_hpc.drafts.fused_loss.fused_loss`.
     """
 
-    attention_backend: Backend = "auto"
     loss: LossMix = FORWARD_KL
+    attention_backend: Backend = "auto"
     gradient_checkpointing: bool = False
     compiled: bool = False
     loss_chunk_bytes: int | None = None
-
-
-class Attention(nn.Module):
-    """Projections of the draft's attention; queries, keys and values come from 2H."""
-
-    def __init__(self, config: Eagle3Config) -> None:
-        super().__init__()
-        q_width = config.num_attention_heads * config.head_dim
-        kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(2 * config.hidden_size, q_width, bias=False)
-        self.k_proj = nn.Linear(2 * config.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(2 * config.hidden_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(q_width, config.hidden_size, bias=False)
-
-
-class MLP(nn.Module):
-    """SwiGLU (https://arxiv.org/abs/2002.05202)."""
-
-    def __init__(self, config: Eagle3Config) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-
-class MidLayer(nn.Module):
-    """The draft's decoder layer: reads embedding and hidden state, adds to the hidden state.
-
-    The attention's input is ``[embedding; hidden]``, so each projection is a sum of two, and the
-    one that reads the embedding is the same for a token in whatever TTT step it is read.
-    """
-
-    def __init__(self, config: Eagle3Config) -> None:
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.hidden_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
-
-    def projections(self) -> tuple[Tensor, Tensor]:
-        """Weights of queries, keys and values, [heads and twice kv_heads, H] each.
-
-        Returns:
-            Those that read the embedding, and those that read the hidden state.
-        """
-        parts = (self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj)
-        for_embeds, for_hidden = torch.cat([part.weight for part in parts]).chunk(2, dim=1)
-        return for_embeds, for_hidden
-
-    def output(self, hidden: Tensor, attended: Tensor, compiled: bool) -> Tensor:
-        """Adds what attention read [R, heads * head_dim] and the MLP to ``hidden`` [R, H]."""
-        norm, mlp = self.post_attention_layernorm, self.mlp
-        weights = (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
-        updated: Tensor = fused(_output, compiled)(
-            hidden, attended, self.self_attn.o_proj.weight, norm.weight, norm.eps, *weights
-        )
-        return updated
-
-
-def _project(
-    embeds: Tensor,
-    tokens: Tensor,
-    hidden: Tensor,
-    norm: Tensor,
-    eps: float,
-    weight: Tensor,
-    cos_sin: CosSin,
-    num_plain: int,
-) -> tuple[Tensor, Tensor]:
-    """Projects embeddings and hidden states to heads and rotates all but the last ones.
-
-    Args:
-        embeds: [N, width], projected embeddings of all tokens.
-        tokens: [R], the one that each row reads.
-        hidden: [R, H].
-        norm: [H], weight of the hidden states' norm.
-        eps: Of the norm.
-        weight: [width, H].
-        cos_sin: [R, head_dim] each.
-        num_plain: Heads that are not rotated: the values.
-
-    Returns:
-        [R, *, head_dim] each: rotated heads, and the others.
-    """
-    x = embeds.index_select(0, tokens) + F.linear(rms_norm(hidden, norm, eps), weight)
-    head_dim = cos_sin[0].shape[1]
-    x = x.view(len(x), x.shape[1] // head_dim, head_dim)
-    num_rotated = x.shape[1] - num_plain
-    return rotate(x[:, :num_rotated], cos_sin), x[:, num_rotated:]
-
-
-def _output(
-    hidden: Tensor,
-    attended: Tensor,
-    o_proj: Tensor,
-    norm: Tensor,
-    eps: float,
-    gate: Tensor,
-    up: Tensor,
-    down: Tensor,
-) -> Tensor:
-    hidden = hidden + F.linear(attended, o_proj)
-    x = rms_norm(hidden, norm, eps)
-    return hidden + F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 
 class Eagle3Draft(nn.Module):
@@ -258,13 +152,13 @@ class Eagle3Draft(nn.Module):
             ``loss = sum_i w_i * loss_sum_i / num_trained_i``, and what the metrics need.
         """
         states = self.norm(torch.cat(list(self._unroll(batch, plan))))
-        at = plan.targets.to(states.device)
+        at = upload(plan.targets, states.device)
         token = batch.input_ids[(at + 1).clamp(max=batch.num_tokens - 1)]
         targets = Targets(
             head=head,
             last=batch.last.index_select(0, at),
             token=token if self.draft_ids is None else self.draft_ids[token],
-            pairs=plan.pairs.to(states.device),
+            pairs=upload(plan.pairs, states.device),
         )
         # 0 / 0 counts as 0
         scale = torch.where(num_trained > 0, step_weights / num_trained.clamp(min=1), 0.0)
@@ -274,16 +168,17 @@ class Eagle3Draft(nn.Module):
             targets,
             scale,
             self.options.loss,
-            compiled=self.options.compiled,
+            compiled=self._compiled(len(states)),
             chunk_bytes=self.options.loss_chunk_bytes,
         )
         return TTTOutput(*found)
 
     def _unroll(self, batch: PackedBatch, plan: TTTPlan) -> Iterator[Tensor]:
         """Yields for each TTT step i the layer's output [R_i, H] at the rows that it computes."""
-        rows = plan.rows.to(batch.input_ids.device)
+        rows = upload(plan.rows, batch.input_ids.device)
         positions = batch.position_ids
-        frequencies = self.rope.frequencies(batch.lengths)[batch.document_ids]
+        lengths = plan.steps[0].cu_seqlens.diff()
+        frequencies = self.rope.frequencies(lengths, rows.device)[batch.document_ids]
         for_embeds, for_hidden = self.midlayer.projections()
         # of each token, whichever step reads it: step i at t reads t + 1 + i
         embeds = F.embedding(batch.input_ids, self.embedding).to(for_embeds.dtype)
@@ -291,7 +186,7 @@ class Eagle3Draft(nn.Module):
         hidden = self.fc(batch.aux.to(self.fc.weight.dtype))  # g^0, [N, H]
 
         num_queries = self.config.num_attention_heads * self.config.head_dim
-        block0 = self._project(
+        block0 = self.midlayer.project(
             embeds[:, num_queries:],
             # the last position of a document reads the next one's token (the last of all its
             # own), but no step computes such a row and no row reads its key
@@ -299,6 +194,8 @@ class Eagle3Draft(nn.Module):
             hidden,
             for_hidden[num_queries:],
             self.rope.cos_sin(positions, frequencies),
+            self.config.num_key_value_heads,
+            self._compiled(batch.num_tokens),
         )
         hidden, frequencies, positions = (
             x.index_select(0, rows) for x in (hidden, frequencies, positions)
@@ -340,36 +237,26 @@ class Eagle3Draft(nn.Module):
             block0: Keys and values of all positions.
             own: Keys and values, in turn, of steps 1..i-1 at the rows they computed.
         """
-        tokens = layout.positions + 1 + step
-        num_queries = self.config.num_attention_heads * self.config.head_dim
-        if step == 0:
+        tokens, compiled = layout.positions + 1 + step, self._compiled(len(hidden))
+        project, config = self.midlayer.project, self.config
+        if step == 0:  # keys and values of all positions are block 0
+            num_queries = config.num_attention_heads * config.head_dim
             embeds, weight = embeds[:, :num_queries], weight[:num_queries]
-            queries, _ = self._project(embeds, tokens, hidden, weight, cos_sin, num_plain=0)
+            queries, _ = project(embeds, tokens, hidden, weight, cos_sin, 0, compiled)
         else:
-            rotated, values = self._project(embeds, tokens, hidden, weight, cos_sin)
-            heads = [self.config.num_attention_heads, self.config.num_key_value_heads]
-            queries, keys = torch.split(rotated, heads, dim=1)
+            num_keys = config.num_key_value_heads
+            rotated, values = project(embeds, tokens, hidden, weight, cos_sin, num_keys, compiled)
+            queries, keys = torch.split(rotated, [config.num_attention_heads, num_keys], dim=1)
             own = (*own, keys, values)
         pairs = list(zip(own[::2], own[1::2], strict=True))
-        options = self.options
-        attended = ttt_attention(
-            queries, block0, pairs, layout, options.attention_backend, options.compiled
-        )
-        return self.midlayer.output(hidden, attended, options.compiled), *own[-2:]
+        backend = self.options.attention_backend
+        attended = ttt_attention(queries, block0, pairs, layout, backend, compiled)
+        return self.midlayer.output(hidden, attended, compiled), *own[-2:]
 
-    def _project(
-        self,
-        embeds: Tensor,
-        tokens: Tensor,
-        hidden: Tensor,
-        weight: Tensor,
-        cos_sin: CosSin,
-        num_plain: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        norm = self.midlayer.hidden_norm
-        if num_plain is None:
-            num_plain = self.config.num_key_value_heads
-        heads: tuple[Tensor, Tensor] = fused(_project, self.options.compiled)(
-            embeds, tokens, hidden, norm.weight, norm.eps, weight, cos_sin, num_plain
-        )
-        return heads
+    def _compiled(self, num_rows: int) -> bool:
+        """Whether a part is compiled: for training, and for more rows than a compiler treats apart.
+
+        Graphs of their own for evaluation, for no row and for one would be compiled for little
+        use, and would count towards torch.compile's limit of graphs per function.
+        """
+        return self.options.compiled and torch.is_grad_enabled() and num_rows > 1
