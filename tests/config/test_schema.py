@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from torchspec_hpc.config.logging_schema import LoggingConfig
 from torchspec_hpc.config.schema import Config, DatasetConfig, InferenceConfig, TrainingConfig
 from torchspec_hpc.config.slurm_schema import SlurmConfig, time_limit_s
 
@@ -113,10 +114,35 @@ def test_a_floor_above_the_peak() -> None:
         ),
         ({"lr_decay_style": "WSD", "lr_wsd_decay_ratio": 0.0}, "greater than 0"),
         ({"lr_decay_style": "wsd"}, "'inverse-square-root' or 'WSD'"),
+        (
+            {"lr_decay_style": "constant", "min_lr": 0.0},
+            "min_lr = 0.0 has no effect with lr_decay_style = constant; .* or min_lr to null",
+        ),
     ],
 )
 def test_schedules_that_make_no_sense(values: dict[str, Any], message: str) -> None:
     refuse(TrainingConfig, values, message)
+
+
+@pytest.mark.parametrize("loss", ["forward_kl", {"lk_alpha": 1.0, "forward_kl": 0.5}])
+def test_eta_needs_the_loss_that_it_is_of(loss: Any) -> None:
+    message = r"lk_eta = 0.0 has no effect with loss_type = .*forward_kl; add lk_lambda"
+    refuse(TrainingConfig, {"loss_type": loss, "lk_eta": 0.0}, message)
+
+
+def test_defaults_of_what_may_be_null() -> None:
+    assert TrainingConfig(loss_type="lk_lambda").kl_decay == 3.0
+    assert TrainingConfig(loss_type={"lk_lambda": 1.0}, lk_eta=0.0).kl_decay == 0.0
+    assert TrainingConfig().lowest_lr == 0.0
+    assert TrainingConfig(min_lr=1e-5).lowest_lr == 1e-5
+
+
+@pytest.mark.parametrize("report_to", [[], ["tensorboard"], "none"])
+@pytest.mark.parametrize(("key", "value"), [("wandb_project", "p"), ("wandb_mode", "online")])
+def test_wandb_keys_need_wandb(report_to: Any, key: str, value: str) -> None:
+    message = rf"{key} = {value} has no effect with report_to = .*add wandb to that"
+    refuse(LoggingConfig, {"report_to": report_to, key: value}, message)
+    LoggingConfig.model_validate({"report_to": ["tensorboard", "wandb"], key: value})
 
 
 @pytest.mark.parametrize(

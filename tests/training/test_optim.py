@@ -13,7 +13,8 @@ from torchspec_hpc.training.optim import Schedule, build_optimizer, set_hyperpar
 
 def schedule(style: str = "cosine", **values: object) -> Schedule:
     """10 steps of warm-up to 1.0, 90 of decay to 0.1."""
-    settings = {"learning_rate": 1.0, "min_lr": 0.1, "warmup_ratio": 0.1, "lr_decay_style": style}
+    settings = {"learning_rate": 1.0, "warmup_ratio": 0.1, "lr_decay_style": style}
+    settings["min_lr"] = None if style == "constant" else 0.1
     return Schedule.from_config(training_config(**settings | values), num_steps=100)
 
 

@@ -23,8 +23,9 @@ class LoggingConfig(Section):
     )
     wandb_name: str | None = Field(None, description="W&B run's name; null: the name of the run.")
     wandb_group: str | None = Field(None, description="W&B group; null: the name of the run.")
-    wandb_mode: Literal["online", "offline"] = Field(
-        "online", description="offline: into the run directory, to upload with `wandb sync`."
+    wandb_mode: Literal["online", "offline"] | None = Field(
+        None,
+        description="offline: into the run directory, to upload with `wandb sync`; null: online.",
     )
 
     @model_validator(mode="after")
@@ -37,4 +38,15 @@ class LoggingConfig(Section):
                 f"report_to = {list(self.report_to)}: none excludes the others; "
                 "leave it out, or the others"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _has_wandb_for_its_keys(self) -> LoggingConfig:
+        given = self.model_dump(exclude_none=True)
+        for name in type(self).model_fields:
+            if name.startswith("wandb_") and name in given and "wandb" not in self.report_to:
+                raise ValueError(
+                    f"{name} = {given[name]} has no effect with report_to = "
+                    f"{list(self.report_to)}; add wandb to that, or set {name} to null"
+                )
         return self

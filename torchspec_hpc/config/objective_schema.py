@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from torchspec_hpc.config.types import Section
 
@@ -12,6 +12,9 @@ from torchspec_hpc.config.types import Section
 LossName = Literal[
     "forward_kl", "reverse_kl", "cross_entropy", "total_variation", "lk_alpha", "lk_lambda"
 ]
+
+#: Of ``lk_eta``; the best value of the paper that ``torchspec_hpc.drafts.losses`` names.
+_LK_ETA = 3.0
 
 
 class ObjectiveConfig(Section):
@@ -22,8 +25,10 @@ class ObjectiveConfig(Section):
     loss_type: LossName | dict[LossName, Annotated[float, Field(gt=0)]] = Field(
         "forward_kl", description="Name of a loss, or names with weights: their weighted sum."
     )
-    lk_eta: float = Field(
-        3.0, ge=0, description="lk_lambda's weight of KL is exp(-lk_eta * acceptance rate)."
+    lk_eta: float | None = Field(
+        None,
+        ge=0,
+        description="lk_lambda's weight of KL is exp(-lk_eta * acceptance rate); null: 3.",
     )
     freeze_lm_head: bool = Field(False, description="Leave the draft's head as the target has it.")
     attention_backend: Literal["auto", "sdpa", "flash", "flex_attention", "plain"] = Field(
@@ -47,3 +52,18 @@ class ObjectiveConfig(Section):
         if not value:
             raise ValueError("loss_type = {} is no loss; allowed: a name, or names with weights")
         return value
+
+    @property
+    def kl_decay(self) -> float:
+        """How fast lk_lambda turns away from KL."""
+        return _LK_ETA if self.lk_eta is None else self.lk_eta
+
+    @model_validator(mode="after")
+    def _has_a_loss_for_eta(self) -> ObjectiveConfig:
+        names = [self.loss_type] if isinstance(self.loss_type, str) else list(self.loss_type)
+        if self.lk_eta is not None and "lk_lambda" not in names:
+            raise ValueError(
+                f"lk_eta = {self.lk_eta} has no effect with loss_type = {', '.join(names)}; "
+                "add lk_lambda to that, or set lk_eta to null"
+            )
+        return self

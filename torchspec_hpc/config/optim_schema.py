@@ -22,7 +22,9 @@ class OptimConfig(Section):
     """
 
     learning_rate: float = Field(1e-4, gt=0, description="AdamW's, at its peak.")
-    min_lr: float = Field(0.0, ge=0, description="Learning rate that no decay goes below.")
+    min_lr: float | None = Field(
+        None, ge=0, description="Learning rate that no decay goes below; null: 0."
+    )
     lr_decay_style: DecayStyle = Field(
         "cosine",
         description="From learning_rate to min_lr; constant: no decay; WSD: constant, then a decay"
@@ -57,9 +59,19 @@ class OptimConfig(Section):
         """Share of the schedule in which WSD decays."""
         return self.lr_wsd_decay_ratio or _WSD_DECAY_RATIO
 
+    @property
+    def lowest_lr(self) -> float:
+        """Where the decay ends."""
+        return self.min_lr or 0.0
+
     @model_validator(mode="after")
     def _has_a_floor_below_the_peak(self) -> OptimConfig:
-        if self.min_lr > self.learning_rate:
+        if self.min_lr is not None and self.lr_decay_style == "constant":
+            raise ValueError(
+                f"min_lr = {self.min_lr} has no effect with lr_decay_style = constant; "
+                "set that to another style, or min_lr to null"
+            )
+        if self.lowest_lr > self.learning_rate:
             raise ValueError(
                 f"min_lr = {self.min_lr} is above learning_rate = {self.learning_rate}; "
                 f"allowed: 0 to {self.learning_rate}"

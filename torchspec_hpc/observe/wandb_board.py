@@ -53,7 +53,7 @@ class WandbBoard:
         require_wandb()
         import wandb  # an extra, and slow to import
 
-        settings = config.logging
+        settings, mode = config.logging, config.logging.wandb_mode or "online"
         run.wandb.mkdir(exist_ok=True)
         try:
             self._run = wandb.init(
@@ -63,7 +63,7 @@ class WandbBoard:
                 group=settings.wandb_group or run.root.name,
                 id=run.run_id,
                 resume="allow",
-                mode=settings.wandb_mode,
+                mode=mode,
                 dir=run.root,
                 config=_shown(config),
                 settings=wandb.Settings(
@@ -79,7 +79,7 @@ class WandbBoard:
         self._teardown, self._faults, self._lost = wandb.teardown, (wandb.Error, OSError), False
         sent = _last_step(run.wandb_steps)
         # online, W&B itself knows best: what a kill kept from it is sent again
-        online = settings.wandb_mode == "online"
+        online = mode == "online"
         self._first_step = self._run.starting_step if online else sent + 1
         write_atomic(run.wandb_steps, f"{sent}\n")
         self._dir = run.wandb

@@ -78,6 +78,7 @@ def build_draft(
         "algorithm": config.model.draft_algorithm,
         "config": draft_config.to_dict(),
         "kept_ids_file": None if kept_ids is None else KEPT_IDS,
+        "freeze_lm_head": settings.freeze_lm_head,
     }
     return BuiltDraft(
         draft, TargetHead(target.norm, target.lm_head, spec.rms_norm_eps), description
@@ -95,7 +96,7 @@ def compute_options(settings: TrainingConfig, device: torch.device) -> ComputeOp
     weights = {loss: 1.0} if isinstance(loss, str) else loss
     return ComputeOptions(
         attention_backend=settings.attention_backend,
-        loss=LossMix(tuple(weights.items()), settings.lk_eta),
+        loss=LossMix(tuple(weights.items()), settings.kl_decay),
         gradient_checkpointing=settings.gradient_checkpointing,
         compiled=device.type == "cuda" if compile_ == "auto" else compile_,
         loss_chunk_bytes=settings.loss_chunk_mib and settings.loss_chunk_mib * 2**20,

@@ -59,7 +59,7 @@ class Schedule:
         total_steps = config.lr_total_steps or num_steps
         return cls(
             peak=config.learning_rate,
-            floor=config.min_lr,
+            floor=config.lowest_lr,
             warmup_steps=round(config.warmup_ratio * total_steps),
             total_steps=total_steps,
             style=config.lr_decay_style,
