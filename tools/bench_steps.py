@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import socket
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -82,7 +85,8 @@ class Case:
         for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
             os.environ.setdefault(name, value)
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29513")
+        with socket.create_server(("127.0.0.1", 0)) as server:  # any port that is free
+            os.environ.setdefault("MASTER_PORT", str(server.getsockname()[1]))
         dtype = options.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
         config = TrainingConfig(
             ttt_length=options.ttt,
@@ -284,10 +288,10 @@ def memory_of(options: argparse.Namespace, name: str) -> int:
     """Growth of a process's peak memory by two steps of one kind, bytes; without a GPU."""
     case = Case.make(options)
     run = case.runner(name, VARIANTS.get(name, {}))
-    before = _resident_peak()
+    before = resident_peak()
     for _ in range(2):
         run()
-    return _resident_peak() - before
+    return resident_peak() - before
 
 
 @cache
@@ -295,7 +299,22 @@ def _join(threads: int | None) -> World:
     return join(TrainingConfig(num_threads=threads))
 
 
-def _resident_peak() -> int:
+def limit_memory(num_bytes: int, exit_code: int) -> None:
+    """Ends this process with ``exit_code`` once it holds more; for CPUs.
+
+    Not a limit of the system's: a library's thread that may not allocate hangs, or aborts.
+    """
+
+    def watch() -> None:
+        while resident_peak() <= num_bytes:
+            time.sleep(0.02)
+        os._exit(exit_code)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def resident_peak() -> int:
+    """Most memory that this process has had, bytes."""
     # not getrusage: its figure starts with that of the process that started this one
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))

@@ -138,7 +138,7 @@ def peak_in_its_own_process(options: argparse.Namespace, name: str) -> int | Non
     tokens, draft_vocab = options.case
     command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
     command += ["--tokens", str(tokens), "--draft-vocab", str(draft_vocab)]
-    environ = {**os.environ, "MASTER_PORT": "29514"}
+    environ = {key: value for key, value in os.environ.items() if key != "MASTER_PORT"}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     if done.returncode:
         print(f"{name}: no figure for memory: {done.stderr[-300:]}", file=sys.stderr)
