@@ -8,13 +8,13 @@ import pytest
 
 from torchspec_hpc.config.checkpoint_files import (
     BestCheckpoint,
-    CheckpointMeta,
-    Progress,
     find_checkpoint,
     latest_checkpoint,
     latest_step,
     publish,
+    recall_best,
 )
+from torchspec_hpc.config.checkpoint_meta import CheckpointMeta, Progress
 from torchspec_hpc.config.rundir import RunDir
 from torchspec_hpc.errors import UserError
 
@@ -72,6 +72,32 @@ def test_the_best_stays_and_is_found(tmp_path: Path):
     assert find_checkpoint(run.latest_checkpoint) == run.checkpoints / "step_5"
     complete(run, 6, accept_len=2.6)
     assert names(run) == ["best", "latest", "step_5", "step_6"]
+
+
+@pytest.mark.parametrize(
+    ("accept_len", "best"),
+    [(None, ("step_1", 1.5)), (1.25, ("step_1", 1.5)), (2.5, ("step_2", 2.5))],
+)
+def test_a_best_that_was_not_written_down_is_mended(
+    tmp_path: Path, accept_len: float | None, best: tuple[str, float]
+):
+    run = RunDir(tmp_path)
+    complete(run, 1, accept_len=1.5)
+    complete(run, 2)  # killed between moving `latest` and `best`
+    meta = replace(META, step=2, accept_len=accept_len)
+    assert recall_best(run, run.checkpoints / "step_2", meta) == best[1]
+    assert BestCheckpoint.read(run) == BestCheckpoint(*best)
+
+
+def test_a_best_of_later_does_not_count(tmp_path: Path):
+    run = RunDir(tmp_path)
+    complete(run, 1)
+    complete(run, 2, accept_len=2.5)
+    meta = replace(META, step=1)
+    assert recall_best(run, run.checkpoints / "step_1", meta) == float("-inf")
+    known = replace(meta, accept_len=1.5)
+    assert recall_best(run, run.checkpoints / "step_1", known) == 1.5
+    assert BestCheckpoint.read(run) == BestCheckpoint("step_1", 1.5)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +168,18 @@ def test_meta_survives_the_file(tmp_path: Path):
     META.write(tmp_path)
     found = CheckpointMeta.read(tmp_path)
     assert found.progress == Progress(step=3, cursor=12, skipped=1)
-    found.check_matches(META, ("draft", "target", "stream"), tmp_path)
+    found.check_continues(META, tmp_path)
+
+
+def test_weights_fit_whatever_is_trained_of_them(tmp_path: Path):
+    draft = META.draft | {"freeze_lm_head": True}
+    META.write(tmp_path)
+    found = CheckpointMeta.read(tmp_path)
+    found.check_weights(replace(META, draft=draft, target="/models/y", stream={}), tmp_path)
+    with pytest.raises(UserError, match="another draft: freeze_lm_head None there, True here"):
+        found.check_continues(replace(META, draft=draft), tmp_path)
+    with pytest.raises(UserError, match="another draft: algorithm 'eagle3' there, 'x' here"):
+        found.check_weights(replace(META, draft=draft | {"algorithm": "x"}), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +200,7 @@ def test_another_run_is_refused(tmp_path: Path, change, message):
     META.write(tmp_path)
     ours = replace(META, **change)
     with pytest.raises(UserError, match=message):
-        CheckpointMeta.read(tmp_path).check_matches(ours, ("draft", "target", "stream"), tmp_path)
+        CheckpointMeta.read(tmp_path).check_continues(ours, tmp_path)
 
 
 def test_no_checkpoint_and_another_format(tmp_path: Path):
@@ -174,7 +211,7 @@ def test_no_checkpoint_and_another_format(tmp_path: Path):
         CheckpointMeta.read(tmp_path)
     META.write(tmp_path)
     content = json.loads((tmp_path / "meta.json").read_text())
-    for version in (1, 99):
+    for version in (2, 99):
         (tmp_path / "meta.json").write_text(json.dumps(content | {"format_version": version}))
         with pytest.raises(UserError, match=rf"another format \({version}\)"):
             CheckpointMeta.read(tmp_path)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from torchspec_hpc.config.checkpoint_files import CheckpointMeta
+from torchspec_hpc.config.checkpoint_meta import CheckpointMeta
 from torchspec_hpc.drafts.eagle3.config import Eagle3Config
 from torchspec_hpc.drafts.eagle3.model import Eagle3Draft
 from torchspec_hpc.errors import UserError

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from torchspec_hpc.config.checkpoint_files import CheckpointMeta
+from torchspec_hpc.config.checkpoint_meta import CheckpointMeta
 from torchspec_hpc.config.schema import ModelConfig
 from torchspec_hpc.drafts.batch import pack
 from torchspec_hpc.drafts.eagle3.config import Eagle3Config

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from tests.training import tiny
 from tests.training.saved import checkpointer
 from torchspec_hpc.config import RunDir
-from torchspec_hpc.config.checkpoint_files import BestCheckpoint, Progress, latest_checkpoint
+from torchspec_hpc.config.checkpoint_files import BestCheckpoint, latest_checkpoint
+from torchspec_hpc.config.checkpoint_meta import Progress
 
 #: What the interpreter announces before it changes, or opens, a file.
 OPERATIONS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
@@ -42,7 +43,7 @@ def in_a_child(act: Callable[[], int]) -> int:
 def save(run: RunDir, kill_at: int) -> int:
     """Saves step 1, then step 2 until it is killed."""
     saver = checkpointer(run, tiny.draft())
-    saver.save(Progress(1, 6), accept_len=1.5)
+    saver.save(Progress(1, 6, accept_len=1.5))
     saver.wait()
     num_operations = 0
 
@@ -54,7 +55,7 @@ def save(run: RunDir, kill_at: int) -> int:
             num_operations += 1
 
     sys.addaudithook(hook)
-    saver.save(Progress(2, 12), accept_len=2.5)
+    saver.save(Progress(2, 12, accept_len=2.5))
     saver.wait()
     return 0
 
@@ -67,6 +68,7 @@ def load(run: RunDir) -> int:
     progress = loader.load(folder)
     best = BestCheckpoint.read(run)
     assert best is not None
+    assert best.step == progress.step  # each is better than the one before
     assert loader.best_accept_len == best.accept_len == {1: 1.5, 2: 2.5}[best.step]
     loader.save(Progress(2, 12))
     loader.save(Progress(3, 18))

@@ -21,7 +21,7 @@ ONE_RANK = World(0, 1, torch.device("cpu"))
 
 
 def checkpointer(
-    run: RunDir, draft: torch.nn.Module, is_async: bool = True, **meta: object
+    run: RunDir, draft: torch.nn.Module, /, is_async: bool = True, **meta: object
 ) -> Checkpointer:
     """Shards the draft, too; `meta` changes what the run says of itself."""
     config = tiny.training_config(learning_rate=1e-2, max_checkpoints=2, async_checkpoint=is_async)

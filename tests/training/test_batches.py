@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.training.tiny import training_config
-from torchspec_hpc.config.checkpoint_files import Progress
+from torchspec_hpc.config.checkpoint_meta import Progress
 from torchspec_hpc.data.sample import Sample
 from torchspec_hpc.data.sampler import Sampler
 from torchspec_hpc.training.batches import MicroBatches, packs_per_step, steps_of_run

@@ -14,12 +14,9 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from tests.training import tiny
 from tests.training.saved import assert_same_content, checkpointer, content
 from torchspec_hpc.config import RunDir
-from torchspec_hpc.config.checkpoint_files import (
-    BestCheckpoint,
-    CheckpointMeta,
-    Progress,
-    latest_checkpoint,
-)
+from torchspec_hpc.config.checkpoint_files import BestCheckpoint, latest_checkpoint
+from torchspec_hpc.config.checkpoint_meta import CheckpointMeta, Progress
+from torchspec_hpc.errors import UserError
 from torchspec_hpc.training.checkpoint import Checkpointer, CheckpointError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -173,7 +170,7 @@ def test_the_record_of_the_best_survives_a_resume(tmp_path: Path):
     run = RunDir(tmp_path)
     saver = checkpointer(run, tiny.draft())
     assert saver.best_accept_len == float("-inf")
-    saver.save(Progress(1, 6), accept_len=2.5)
+    saver.save(Progress(1, 6, accept_len=2.5))
     for step in (2, 3, 4):
         saver.save(Progress(step, 6 * step))
     saver.wait()
@@ -193,7 +190,7 @@ def test_a_run_that_went_back_forgets_the_best_of_later(tmp_path: Path):
     run = RunDir(tmp_path)
     saver = checkpointer(run, tiny.draft())
     saved(saver, 1)
-    saver.save(Progress(2, 12), accept_len=2.5)
+    saver.save(Progress(2, 12, accept_len=2.5))
     saver.wait()
     run.latest_checkpoint.write_text("step_1\n")
     back = checkpointer(run, tiny.draft())
@@ -201,6 +198,39 @@ def test_a_run_that_went_back_forgets_the_best_of_later(tmp_path: Path):
     assert back.best_accept_len == float("-inf")
     saved(back, 2)  # in place of the best
     assert BestCheckpoint.read(run) is None
+
+
+def test_what_a_late_evaluation_finds_is_added(tmp_path: Path):
+    run = RunDir(tmp_path)
+    saver = checkpointer(run, tiny.draft())
+    saver.save(Progress(1, 6, accept_len=2.0))
+    waiting = Progress(2, 12, unreported={"train/loss": float("nan"), "train/lr": 0.1 + 0.2})
+    saver.save(waiting)
+    saver.wait()
+    resumed = checkpointer(run, tiny.draft())
+    found = resumed.load(run.checkpoints / "step_2")
+    assert str(found) == str(waiting)  # NaN is no NaN's equal
+    resumed.amend(Progress(2, 12, accept_len=2.5))
+    assert resumed.best_accept_len == 2.5
+    assert BestCheckpoint.read(run) == BestCheckpoint("step_2", 2.5)
+    assert CheckpointMeta.read(run.checkpoints / "step_2").progress.accept_len == 2.5
+
+    other = checkpointer(RunDir(tmp_path / "other"), tiny.draft())
+    assert other.load(run.checkpoints / "step_2") == Progress(2, 12)  # evaluated on its own data
+
+
+def test_a_head_that_is_not_trained_any_more(tmp_path: Path):
+    draft = tiny.meta(1).draft
+    saver = checkpointer(RunDir(tmp_path), tiny.draft(), draft=draft | {"freeze_lm_head": False})
+    folder = saved(saver, 1)
+    frozen = tiny.draft()
+    frozen.lm_head.requires_grad_(requires_grad=False)
+    loader = checkpointer(
+        RunDir(tmp_path / "other"), frozen, draft=draft | {"freeze_lm_head": True}
+    )
+    with pytest.raises(UserError, match="another draft: freeze_lm_head False there, True here"):
+        loader.load(folder)
+    loader.load_weights(folder)
 
 
 @pytest.mark.slow

@@ -80,6 +80,18 @@ def test_a_stopped_run_goes_on_exactly(make_run: MakeRun, engine: Producer):
     loaded = make_run("loaded", load_path=load_path, evaluate=True, **settings)
     assert loaded.train() == 0
     assert loaded.learning() == straight.learning()[6:]
+    for place in (straight.dir.root, straight.dir.latest_checkpoint):  # which is of step 8
+        same = make_run(f"loaded-{place.name}", load_path=str(place), **settings)
+        assert same.train() == 0
+        assert not same.records()
+    retrained = make_run(
+        "weights",
+        load_path=str(straight.dir.checkpoints),
+        continual_training=True,
+        freeze_lm_head=True,
+        **settings | {"num_train_steps": 1},
+    )
+    assert retrained.train() == 0
 
     other_packs = make_run("other-packs", load_path=load_path, micro_batch_tokens=400)
     assert other_packs.train() == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from torchspec_hpc.config.checkpoint_files import CheckpointMeta
+from torchspec_hpc.config.checkpoint_meta import CheckpointMeta
 from torchspec_hpc.config.schema import TrainingConfig
 from torchspec_hpc.drafts.batch import PackedBatch, pack
 from torchspec_hpc.drafts.eagle3.config import Eagle3Config

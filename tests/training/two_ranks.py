@@ -13,10 +13,12 @@ from torch.distributed.tensor import DTensor
 
 from tests.training import tiny
 from torchspec_hpc.config import RunDir
-from torchspec_hpc.config.checkpoint_files import Progress
+from torchspec_hpc.config.checkpoint_files import BestCheckpoint
+from torchspec_hpc.config.checkpoint_meta import CheckpointMeta, Progress
 from torchspec_hpc.config.schema import TrainingConfig
 from torchspec_hpc.drafts.eagle3.plan import make_plan, scored_targets
 from torchspec_hpc.training.checkpoint import Checkpointer
+from torchspec_hpc.training.main_rank import ask_main
 from torchspec_hpc.training.optim import build_optimizer
 from torchspec_hpc.training.parallel import World, gather_over_ranks, join, shard
 from torchspec_hpc.training.step import Eagle3Step, step_weights
@@ -83,6 +85,8 @@ def check(config: TrainingConfig, world: World, run: RunDir) -> None:
     check_parameters(draft, unchanged, exactly=True)
     assert step(tiny.batches(SHARES[world.rank], EMPTY)).applied
     checkpointer.wait()
+    load_what_the_main_rank_sees(world, checkpointer, run)
+    check_parameters(draft, unchanged, exactly=True)
 
 
 def save_twice(
@@ -93,7 +97,7 @@ def save_twice(
     run: RunDir,
 ) -> Checkpointer:
     """Saves at once, and again in the background, which may take as long as it likes."""
-    progress = Progress(NUM_STEPS, 6 * NUM_STEPS)
+    progress = Progress(NUM_STEPS, 6 * NUM_STEPS, accept_len=2.0)
     made = []
     for directory, is_async in ((RunDir(run.root / "sync"), False), (run, True)):
         settings = config.model_copy(update={"async_checkpoint": is_async, "max_checkpoints": 1})
@@ -102,6 +106,23 @@ def save_twice(
         )
         made[-1].save(progress)
     return made[-1]
+
+
+def load_what_the_main_rank_sees(world: World, checkpointer: Checkpointer, run: RunDir) -> None:
+    """On another node `latest`, `best` and meta.json may be older, or not there yet."""
+    assert ask_main(world, lambda: world.rank) == 0
+
+    def behind(*_: object) -> None:
+        raise AssertionError("only the main rank may look")
+
+    checkpointer.best_accept_len = float("-inf")
+    with pytest.MonkeyPatch.context() as patch:
+        if not world.is_main:
+            patch.setattr(CheckpointMeta, "read", behind)
+            patch.setattr(BestCheckpoint, "read", behind)
+        found = checkpointer.load(run.checkpoints / f"step_{NUM_STEPS}")
+    assert found == Progress(NUM_STEPS, 6 * NUM_STEPS, accept_len=2.0)
+    assert checkpointer.best_accept_len == 2.0
 
 
 def check_parameters(

@@ -5,13 +5,14 @@ Layout of ``<run>/checkpoints``::
     step_<n>/  *.distcp .metadata   DCP: {"model", "optimizer", "rng"}, float32 masters and
                                     moments, random state of each rank
                kept_ids.npy         target ids of the draft vocabulary, where it is pruned
-               meta.json            :class:`CheckpointMeta`
+               meta.json            :class:`~torchspec_hpc.config.checkpoint_meta.CheckpointMeta`
     latest                          name of the newest complete folder
     best                            :class:`BestCheckpoint`, where held-out samples are evaluated
 
 A folder is written as ``step_<n>.tmp``, renamed when every rank is done, and
 only then named by ``latest`` and ``best``.  Whatever moment a process is killed
-at, both name a complete checkpoint.
+at, both name a complete checkpoint; if that is before ``best`` was moved, the next
+attempt moves it: see :func:`recall_best`.
 """
 
 from __future__ import annotations
@@ -19,31 +20,14 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from torchspec_hpc.config.checkpoint_meta import META, CheckpointMeta
 from torchspec_hpc.config.rundir import RunDir, write_atomic
 from torchspec_hpc.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-_META = "meta.json"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is.
-
-    Attributes:
-        step: Optimizer steps done.
-        cursor: Packs of the stream consumed, over all ranks and epochs.
-        skipped: Steps among them that left the parameters as they were.
-    """
-
-    step: int = 0
-    cursor: int = 0
-    skipped: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,91 +64,14 @@ class BestCheckpoint:
         _step_of(best.checkpoint, run.best_checkpoint)
         return best
 
+    def write(self, run: RunDir) -> None:
+        """Makes it the best of the run."""
+        write_atomic(run.best_checkpoint, asdict(self))
+
     @property
     def step(self) -> int:
         """Optimizer step of the checkpoint."""
         return int(self.checkpoint.removeprefix("step_"))
-
-
-@dataclass(frozen=True)
-class CheckpointMeta:
-    """What a checkpoint belongs to, as ``meta.json`` holds it.
-
-    Attributes:
-        step: Optimizer steps done.
-        cursor: Packs of the stream consumed.
-        draft: ``{"algorithm", "config", "kept_ids_file"}``.
-        target: Path or hub id of the target model.
-        stream: What fixes the order of packs: dataset key, its size, seed, shuffling, packing.
-        world_size: Trainer ranks that wrote it.
-        skipped: Steps that left the parameters as they were.
-        versions: Versions of this package and of torch.
-        format_version: Of this layout.
-    """
-
-    step: int
-    cursor: int
-    draft: dict[str, Any]
-    target: str
-    stream: dict[str, Any]
-    world_size: int
-    skipped: int = 0
-    versions: dict[str, str] = field(default_factory=dict)
-    format_version: int = 2
-
-    @classmethod
-    def read(cls, folder: Path) -> CheckpointMeta:
-        """Reads ``meta.json`` of a checkpoint.
-
-        Raises:
-            UserError: The folder is no complete checkpoint, or of another version.
-        """
-        try:
-            content = json.loads((folder / _META).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{folder} is not a complete checkpoint: {error}",
-                allowed="a folder <run>/checkpoints/step_<n> with its meta.json",
-            ) from error
-        names = {item.name for item in fields(cls)}
-        version = content.get("format_version") if isinstance(content, dict) else None
-        if version != cls.format_version or set(content) != names:
-            raise UserError(
-                f"{folder} was written in another format ({version})",
-                allowed=f"format_version {cls.format_version}",
-                hint="read it with the version of torchspec_hpc that wrote it",
-            )
-        return cls(**content)
-
-    def write(self, folder: Path) -> None:
-        """Writes ``meta.json``."""
-        write_atomic(folder / _META, asdict(self))
-
-    @property
-    def progress(self) -> Progress:
-        """How far the run was."""
-        return Progress(self.step, self.cursor, self.skipped)
-
-    def check_matches(self, ours: CheckpointMeta, names: tuple[str, ...], folder: Path) -> None:
-        """Refuses a checkpoint of another run.
-
-        Args:
-            ours: The run that wants to load it.
-            names: Fields that must agree.
-            folder: Where it lies, for the message.
-
-        Raises:
-            UserError: A field differs.
-        """
-        here = json.loads(json.dumps(asdict(ours)))  # as the file would hold it: no tuples
-        for name in names:
-            if getattr(self, name) != here[name]:
-                raise UserError(
-                    f"{folder} belongs to another {name}: "
-                    f"{_difference(getattr(self, name), here[name])}",
-                    hint="use the configuration it was written with, or take only its weights "
-                    "(training.continual_training: true) into a new run",
-                )
 
 
 def latest_checkpoint(run: RunDir) -> Path | None:
@@ -198,7 +105,7 @@ def find_checkpoint(path: Path) -> Path:
         UserError: There is none.
     """
     path = path.absolute()
-    if (path / _META).is_file():
+    if (path / META).is_file():
         return path
     run = RunDir(path.parent.parent)
     if path == run.best_checkpoint and (best := BestCheckpoint.read(run)) is not None:
@@ -239,7 +146,7 @@ def publish(
     write_atomic(run.latest_checkpoint, folder.name + "\n")
     if accept_len is not None:
         best = BestCheckpoint(folder.name, accept_len)
-        write_atomic(run.best_checkpoint, asdict(best))
+        best.write(run)
     stay = {folder.name, best.checkpoint if best else folder.name}
     numbers = {path: path.name.removeprefix("step_") for path in run.checkpoints.glob("step_*")}
     complete = sorted((int(number), path) for path, number in numbers.items() if number.isdigit())
@@ -247,6 +154,31 @@ def publish(
     # and what a save that was killed has left
     for path in [*old, *run.checkpoints.glob("step_*.tmp")]:
         _remove(path)
+
+
+def recall_best(run: RunDir, latest: Path, meta: CheckpointMeta) -> float:
+    """The best acceptance length up to the latest checkpoint, -inf if nothing was evaluated.
+
+    Mends ``best`` where an attempt was killed between moving ``latest`` and ``best``.
+
+    Args:
+        run: The run.
+        latest: Its checkpoint to go on from.
+        meta: What is in that.
+
+    Raises:
+        UserError: ``best`` is damaged.
+    """
+    best = BestCheckpoint.read(run)
+    if best is not None and best.step > meta.step:  # `latest` was set back by hand
+        logger.warning("%s is of a later step than %d and does not count", best, meta.step)
+        best = None
+    accept_len = float("-inf") if best is None else best.accept_len
+    if meta.accept_len is None or meta.accept_len <= accept_len:
+        return accept_len
+    logger.warning("%s is the best checkpoint, which was not written down", latest)
+    BestCheckpoint(latest.name, meta.accept_len).write(run)
+    return meta.accept_len
 
 
 def _remove(path: Path) -> None:
@@ -280,13 +212,3 @@ def _latest_name(run: RunDir) -> str | None:
         return run.latest_checkpoint.read_text(encoding="utf-8").strip()
     except FileNotFoundError:  # before the first
         return None
-
-
-def _difference(found: Any, ours: Any, name: str = "") -> str:
-    """Names what differs, not two whole dictionaries."""
-    if isinstance(found, dict) and isinstance(ours, dict):
-        keys = [key for key in {**found, **ours} if found.get(key) != ours.get(key)]
-        return ", ".join(
-            _difference(found.get(key), ours.get(key), f"{name}{key} ") for key in keys
-        )
-    return f"{name}{found!r} there, {ours!r} here"

@@ -114,7 +114,7 @@ class TrainingConfig(OptimConfig, ObjectiveConfig):
         3, ge=1, description="Checkpoints that are kept: the newest; the best one stays as well."
     )
     async_checkpoint: bool = Field(True, description="Train on while a checkpoint is written.")
-    load_path: PathStr | None = Field(None, description="Checkpoint to start from; null: none.")
+    load_path: PathStr | None = Field(None, description="Checkpoint or run to go on; null: none.")
     continual_training: bool = Field(False, description="Take only the weights of load_path.")
     prefetch_depth: int = Field(4, ge=1, description="Micro-batches asked for ahead of the step.")
     distributed_timeout_minutes: int = Field(30, ge=1, description="Of a collective, minutes.")

@@ -14,7 +14,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from torchspec_hpc.config.checkpoint_files import CheckpointMeta, find_checkpoint
+from torchspec_hpc.config.checkpoint_files import find_checkpoint
+from torchspec_hpc.config.checkpoint_meta import CheckpointMeta
 from torchspec_hpc.config.schema import ModelConfig
 from torchspec_hpc.drafts.eagle3.config import Eagle3Config
 from torchspec_hpc.drafts.eagle3.model import Eagle3Draft

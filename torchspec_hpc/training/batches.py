@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from torchspec_hpc.config.checkpoint_files import Progress
+from torchspec_hpc.config.checkpoint_meta import Progress
 from torchspec_hpc.config.schema import TrainingConfig
 from torchspec_hpc.data.sample import Sample
 from torchspec_hpc.data.sampler import Sampler, positions_of

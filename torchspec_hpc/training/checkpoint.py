@@ -27,11 +27,14 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
-from torchspec_hpc.config.checkpoint_files import BestCheckpoint, CheckpointMeta, Progress, publish
+from torchspec_hpc.config.checkpoint_files import BestCheckpoint, publish, recall_best
+from torchspec_hpc.config.checkpoint_meta import CheckpointMeta, Progress
 from torchspec_hpc.config.rundir import KEPT_IDS, RunDir
 from torchspec_hpc.config.schema import TrainingConfig
 from torchspec_hpc.errors import TorchspecError, UserError
+from torchspec_hpc.training.main_rank import ask_main
 from torchspec_hpc.training.parallel import World, seed_rank
+from torchspec_hpc.training.random_state import random_state, set_random_state
 from torchspec_hpc.training.staging import Stager
 
 logger = logging.getLogger(__name__)
@@ -79,15 +82,18 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._in_flight: Future[Path] | None = None
 
-    def save(self, progress: Progress, accept_len: float | None = None) -> float:
-        """Writes a checkpoint and makes it the latest.
+    def is_best(self, progress: Progress) -> bool:
+        """Whether the draft is better than at any step before."""
+        return progress.accept_len is not None and progress.accept_len > self.best_accept_len
+
+    def save(self, progress: Progress) -> float:
+        """Writes a checkpoint and makes it the latest, and the best if it is.
 
         With ``training.async_checkpoint`` it returns as soon as the state is copied; the
         checkpoint counts once :meth:`wait` has returned.
 
         Args:
             progress: How far the run is.
-            accept_len: ``eval/accept_len`` of this step, to make it the best as well.
 
         Returns:
             Seconds that training was held up.
@@ -106,7 +112,7 @@ class Checkpointer:
             # others begin to write once they have the main rank's plan of who writes what
             shutil.rmtree(temporary, ignore_errors=True)
         state = self._state() | self._rng_state()
-        finish = partial(self._finish, start, temporary, folder, progress, accept_len)
+        finish = partial(self._finish, start, temporary, folder, progress, self._note(progress))
         if self._config.async_checkpoint:
             written = async_save(
                 state,
@@ -120,9 +126,23 @@ class Checkpointer:
             self._current = finish(
                 partial(save, state, checkpoint_id=temporary, process_group=self._group)
             )
-        if accept_len is not None:
-            self.best_accept_len = accept_len
         return time.monotonic() - start
+
+    def amend(self, progress: Progress) -> None:
+        """Adds to the latest checkpoint what the evaluation of its step has given.
+
+        Raises:
+            CheckpointError: It could not be written.
+        """
+        folder, accept_len = self._current, self._note(progress)
+        assert folder is not None
+
+        def write() -> None:
+            replace(self._meta, **asdict(progress)).write(folder)
+            if accept_len is not None:
+                BestCheckpoint(folder.name, accept_len).write(self._run)
+
+        self._on_main(folder, write)
 
     def wait(self) -> None:
         """Waits for the checkpoint that is being written, if one is.
@@ -146,14 +166,15 @@ class Checkpointer:
     def load(self, folder: Path) -> Progress:
         """Loads model, optimizer, random state and progress.
 
-        Another number of ranks than the one that saved is fine.
+        Another number of ranks than the one that saved is fine. What evaluations of another
+        run have found does not count for this one.
 
         Raises:
             UserError: The checkpoint belongs to another draft, target or stream of samples.
             CheckpointError: It cannot be read.
         """
-        meta = CheckpointMeta.read(folder)
-        meta.check_matches(self._meta, ("draft", "target", "stream"), folder)
+        meta = ask_main(self._world, partial(CheckpointMeta.read, folder))
+        meta.check_continues(self._meta, folder)
         state = self._state()
         _load(state, folder)
         set_state_dict(
@@ -163,10 +184,12 @@ class Checkpointer:
             optim_state_dict=state["optimizer"],
         )
         self._load_rng(meta, folder)
-        if folder.parent == self._run.checkpoints:
-            self._current = folder
-            self._recall_best(meta.step)
         logger.info("resumed from %s, written by %d ranks", folder, meta.world_size)
+        if folder.parent != self._run.checkpoints:
+            return replace(meta.progress, accept_len=None, unreported=None)
+        self._current = folder
+        recall = partial(recall_best, self._run, folder, meta)
+        self.best_accept_len = ask_main(self._world, recall)
         return meta.progress
 
     def load_weights(self, folder: Path) -> None:
@@ -176,7 +199,7 @@ class Checkpointer:
             UserError: The checkpoint belongs to another draft.
             CheckpointError: It cannot be read.
         """
-        CheckpointMeta.read(folder).check_matches(self._meta, ("draft",), folder)
+        CheckpointMeta.read(folder).check_weights(self._meta, folder)
         state: dict[str, Any] = {"model": get_model_state_dict(self._draft)}
         _load(state, folder)
         set_model_state_dict(self._draft, state["model"])
@@ -197,7 +220,7 @@ class Checkpointer:
         temporary: Path,
         folder: Path,
         progress: Progress,
-        accept_len: float | None,
+        best_len: float | None,
         write: Callable[[], object],
     ) -> Path:
         """Has the files written and the checkpoint counted; in a thread if training goes on."""
@@ -205,21 +228,31 @@ class Checkpointer:
             write()  # returns, or raises, on every rank once all files are there
         except CheckpointException as error:  # derives from BaseException, not from Exception
             raise _not_saved(folder, _causes(error)) from error
-        self._publish(temporary, folder, progress, accept_len)
+
+        def name_it() -> None:
+            if self._meta.draft["kept_ids_file"]:
+                shutil.copyfile(self._run.kept_ids, temporary / KEPT_IDS)
+            replace(self._meta, **asdict(progress)).write(temporary)
+            publish(self._run, temporary, folder, self._config.max_checkpoints, best_len)
+
+        self._on_main(folder, name_it)
         logger.info("checkpoint %s after %.1f s", folder.name, time.monotonic() - start)
         return folder
 
-    def _publish(
-        self, temporary: Path, folder: Path, progress: Progress, accept_len: float | None
-    ) -> None:
-        """Has the main rank give it its name; no rank leaves before it counts, or has failed."""
+    def _note(self, progress: Progress) -> float | None:
+        """Its acceptance length if that makes it the best, from now on."""
+        if not self.is_best(progress):
+            return None
+        assert progress.accept_len is not None
+        self.best_accept_len = progress.accept_len
+        return progress.accept_len
+
+    def _on_main(self, folder: Path, write: Callable[[], None]) -> None:
+        """Has the main rank write; no rank leaves before what it wrote counts, or has failed."""
         failure: list[OSError | UserError | None] = [None]
         if self._world.is_main:
             try:
-                if self._meta.draft["kept_ids_file"]:
-                    shutil.copyfile(self._run.kept_ids, temporary / KEPT_IDS)
-                replace(self._meta, **asdict(progress)).write(temporary)
-                publish(self._run, temporary, folder, self._config.max_checkpoints, accept_len)
+                write()
             except (OSError, UserError) as error:
                 failure = [error]
         dist.broadcast_object_list(failure, src=0, group=self._group)
@@ -235,24 +268,11 @@ class Checkpointer:
             seed_rank(self._config.seed, meta.step, self._world.rank)
             return
         _load(mine, folder)
-        state = mine["rng"][str(self._world.rank)]
-        torch.set_rng_state(state["cpu"])
-        if "cuda" in state:
-            torch.cuda.set_rng_state(state["cuda"])
+        set_random_state(mine["rng"][str(self._world.rank)])
 
     def _rng_state(self) -> dict[str, dict[str, dict[str, Tensor]]]:
         """This rank's part of the state; every rank has a name of its own for it."""
-        state = {"cpu": torch.get_rng_state()}
-        if self._world.device.type == "cuda":
-            state["cuda"] = torch.cuda.get_rng_state()
-        return {"rng": {str(self._world.rank): state}}
-
-    def _recall_best(self, step: int) -> None:
-        best = BestCheckpoint.read(self._run)
-        if best is not None and best.step <= step:
-            self.best_accept_len = best.accept_len
-        elif best is not None:  # `latest` was set back by hand
-            logger.warning("%s is of a later step than %d and does not count", best, step)
+        return {"rng": {str(self._world.rank): random_state(self._world.device)}}
 
 
 def _load(state: dict[str, Any], folder: Path) -> None:

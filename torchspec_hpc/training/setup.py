@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,7 +12,8 @@ import torch.distributed as dist
 
 import torchspec_hpc
 from torchspec_hpc.config import Config, RunDir
-from torchspec_hpc.config.checkpoint_files import CheckpointMeta, Progress, latest_checkpoint
+from torchspec_hpc.config.checkpoint_files import find_checkpoint, latest_checkpoint
+from torchspec_hpc.config.checkpoint_meta import CheckpointMeta, Progress
 from torchspec_hpc.config.endpoints import Endpoints, read_secret
 from torchspec_hpc.config.rundir import cache_dir
 from torchspec_hpc.data.dataset import TokenDataset, prepare_dataset
@@ -23,6 +25,7 @@ from torchspec_hpc.training.batches import MicroBatches, packs_per_step, steps_o
 from torchspec_hpc.training.checkpoint import Checkpointer
 from torchspec_hpc.training.draft import build_draft
 from torchspec_hpc.training.evaluation import EvaluationSet
+from torchspec_hpc.training.main_rank import ask_main
 from torchspec_hpc.training.meter import EngineMonitor
 from torchspec_hpc.training.optim import build_optimizer
 from torchspec_hpc.training.parallel import World, seed_rank
@@ -64,13 +67,14 @@ def build_trainer(
     dataset = _open_dataset(config, world, config.dataset.train_data_path)
     held_out = _open_held_out(config, world)
     window_tokens = _window_tokens(config, spec, aux_layers, [dataset, *held_out])
-    kept_ids = load_kept_ids(config, run, world, dataset, spec)
+    source = ask_main(world, partial(_source, config, run))
+    kept_ids = load_kept_ids(config, run, world, dataset, spec, source)
     draft, head, description = build_draft(config, world, spec, aux_layers, kept_ids)
     meta = _describe(config, world, dataset, description)
     optimizer = build_optimizer(draft, settings)
     checkpointer = Checkpointer(run, world, draft, optimizer, meta, settings)
     seed_rank(settings.seed, 0, world.rank)
-    progress = _load(config, run, checkpointer)
+    progress = _load(config, run, checkpointer, source)
     sampler = Sampler(dataset.lengths, settings, config.dataset.shuffle_dataset)
     num_steps = steps_of_run(settings, sampler, packs_per_step(world, settings), progress)
     control, feed = _connect(config, run, endpoints, world, stack)
@@ -177,18 +181,22 @@ def _describe(
     )
 
 
-def _load(config: Config, run: RunDir, checkpointer: Checkpointer) -> Progress:
-    """Goes on where the run was, else where ``load_path`` was, else from the start."""
-    settings = config.training
-    latest = latest_checkpoint(run)
-    if latest is not None:
-        return checkpointer.load(latest)
-    if settings.load_path is None:
+def _source(config: Config, run: RunDir) -> Path | None:
+    """The checkpoint to go on from: the run's latest, else ``load_path``'s, else none."""
+    latest, load_path = latest_checkpoint(run), config.training.load_path
+    if latest is None and load_path is not None:
+        return find_checkpoint(Path(load_path))
+    return latest
+
+
+def _load(config: Config, run: RunDir, checkpointer: Checkpointer, source: Path | None) -> Progress:
+    """Goes on from there; of another run's checkpoint perhaps with its weights alone."""
+    if source is None:
         return Progress()
-    if settings.continual_training:
-        checkpointer.load_weights(Path(settings.load_path))
+    if config.training.continual_training and source.parent != run.checkpoints:
+        checkpointer.load_weights(source)
         return Progress()
-    return checkpointer.load(Path(settings.load_path))
+    return checkpointer.load(source)
 
 
 def _connect(

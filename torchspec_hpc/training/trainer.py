@@ -5,24 +5,26 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 
 from torchspec_hpc.config import Config, RunDir
-from torchspec_hpc.config.checkpoint_files import Progress
+from torchspec_hpc.config.checkpoint_meta import Progress
 from torchspec_hpc.config.rundir import write_atomic
 from torchspec_hpc.data.sampler import Sampler
 from torchspec_hpc.errors import EXIT_DONE, EXIT_REQUEUE, TorchspecError
-from torchspec_hpc.training.batches import MicroBatches, StepData, packs_per_step
+from torchspec_hpc.training.batches import MicroBatches, packs_per_step
 from torchspec_hpc.training.checkpoint import Checkpointer
-from torchspec_hpc.training.device import memory_bytes, peak_flops
+from torchspec_hpc.training.costs import StepCosts
+from torchspec_hpc.training.device import peak_flops
 from torchspec_hpc.training.evaluation import EvaluationSet
-from torchspec_hpc.training.meter import Costs, EngineMonitor, Meter
+from torchspec_hpc.training.meter import EngineMonitor, Meter
 from torchspec_hpc.training.optim import Schedule, set_hyperparameters
 from torchspec_hpc.training.parallel import World
 from torchspec_hpc.training.reporter import Reporter
 from torchspec_hpc.training.step import Eagle3Step, StepResult, step_weights
-from torchspec_hpc.transfer.feed import FeedStats, GaveUp, HiddenStateFeed
+from torchspec_hpc.transfer.feed import GaveUp, HiddenStateFeed
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +67,8 @@ class Trainer:
     ) -> None:
         self._config, self._run, self._world = config, run, world
         self._optimizer, self._step, self._batches = optimizer, step, batches
-        self._feed, self._monitor, self._checkpointer = feed, monitor, checkpointer
+        self._costs = StepCosts(feed, world.device)
+        self._monitor, self._checkpointer = monitor, checkpointer
         self._progress, self._num_steps, self._sampler = progress, num_steps, sampler
         self._evaluation = evaluation
         self._packs_per_step = packs_per_step(world, config.training)
@@ -74,8 +77,6 @@ class Trainer:
         self._meter = Meter(world, step_weights(config.training), peak)
         self._reporter: Reporter | None = None  # of the main rank, while it trains
         self._skips = SkipLimit(config.training.max_skipped_steps)
-        self._checkpoint_s = 0.0  # that training waited for a checkpoint since the last step
-        self._accept_len: float | None = None  # of this step's evaluation, if there was one
 
     def run(self) -> int:
         """Trains.
@@ -89,32 +90,51 @@ class Trainer:
         """
         with ExitStack() as stack:
             if self._world.is_main:
-                first_step = self._progress.step + 1
+                first_step = self._progress.step + (self._progress.unreported is None)
                 self._reporter = stack.enter_context(
                     Reporter(self._config, self._run, self._monitor, first_step, self._num_steps)
                 )
-            while self._progress.step < self._num_steps:
-                self._checkpointer.check()
-                before = self._progress
-                stop = self._train_one_step()
-                finished = self._progress.step == self._num_steps
-                best_len = self._new_best()
-                if stop or finished or best_len or self._checkpoint_is_due(before):
-                    self._checkpoint_s = self._checkpointer.save(self._progress, best_len)
-                if stop and not finished:
-                    self._checkpointer.wait()
-                    logger.info("stopped at step %d, as asked", self._progress.step)
-                    return EXIT_REQUEUE
+            ended = self._catch_up() and self._train()
             self._checkpointer.wait()
+        if not ended:
+            logger.info("stopped at step %d, as asked", self._progress.step)
+            return EXIT_REQUEUE
         if self._world.is_main:
             write_atomic(self._run.done, {"step": self._num_steps, "time": time.time()})
         logger.info("done after %d steps", self._num_steps)
         return EXIT_DONE
 
+    def _catch_up(self) -> bool:
+        """Makes the evaluation that a stop kept the last attempt from.
+
+        Returns:
+            False if another stop was asked for before it was made.
+        """
+        if self._progress.unreported is None:
+            return True
+        if not self._conclude(self._progress.unreported, evaluate=True):
+            return False
+        self._checkpointer.amend(self._progress)
+        return True
+
+    def _train(self) -> bool:
+        """Trains to the end of the run; returns False if it stopped before, as asked."""
+        self._costs.start()
+        while self._progress.step < self._num_steps:
+            self._checkpointer.check()
+            before = self._progress
+            stop = self._train_one_step()
+            progress = self._progress
+            ended = progress.step == self._num_steps and progress.unreported is None
+            is_best = self._checkpointer.is_best(progress)
+            if stop or ended or is_best or self._checkpoint_is_due(before):
+                self._costs.add_checkpoint(self._checkpointer.save(progress))
+            if stop and not ended:
+                return False
+        return True
+
     def _train_one_step(self) -> bool:
         """Trains one optimizer step; returns whether the run was asked to stop."""
-        start, before = time.monotonic(), self._feed.stats()
-        self._accept_len = None
         try:
             data = self._batches.next_step(give_up=self._run.stop.exists)
         except GaveUp as gave_up:  # a late engine must not keep us from a checkpoint
@@ -131,46 +151,39 @@ class Trainer:
             cursor=self._progress.cursor + self._packs_per_step,
             skipped=self._progress.skipped + (not result.applied),
         )
-        values = self._meter.measure(result, self._costs(data, before, time.monotonic() - start))
-        stop = result.flagged
-        if self._evaluation is not None and self._evaluation_is_due():
-            try:
-                values |= self._evaluate(self._evaluation)
-            except GaveUp as gave_up:
-                logger.info("step %d is not evaluated: %s", self._progress.step, gave_up)
-                stop = True
-        if self._reporter is not None:
-            values["train/lr"] = learning_rate
-            values["train/skipped_steps"] = self._progress.skipped
-            values["train/epoch"] = self._sampler.epochs_at(self._progress.cursor)
-            self._reporter.report(self._progress.step, values)
+        values = self._meter.measure(result, self._costs.measure(data))
+        values["train/lr"] = learning_rate
+        values["train/skipped_steps"] = self._progress.skipped
+        values["train/epoch"] = self._sampler.epochs_at(self._progress.cursor)
+        is_concluded = self._conclude(values, self._evaluation_is_due())
         self._skips.check(self._progress.step, result)
-        return stop
+        return result.flagged or not is_concluded
 
-    def _costs(self, data: StepData, before: FeedStats, step_s: float) -> Costs:
-        after = self._feed.stats()
-        checkpoint_s, self._checkpoint_s = self._checkpoint_s, 0.0
-        return Costs(
-            num_tokens=data.num_tokens,
-            num_bytes=after.num_bytes - before.num_bytes,
-            num_retries=after.num_retries - before.num_retries,
-            wait_s=data.wait_s,
-            step_s=step_s,
-            checkpoint_s=checkpoint_s,
-            memory_bytes=memory_bytes(self._world.device),
-        )
+    def _conclude(self, values: dict[str, float], evaluate: bool) -> bool:
+        """Evaluates the draft after a step and reports the step.
+
+        Returns:
+            False, on all ranks, if a stop was asked for while held-out samples were awaited. The
+            step is reported by the attempt that makes up for its evaluation.
+        """
+        if self._evaluation is not None and evaluate:
+            try:
+                with self._costs.evaluation():
+                    values = values | self._evaluate(self._evaluation)
+            except GaveUp as gave_up:
+                logger.info("step %d is not evaluated yet: %s", self._progress.step, gave_up)
+                self._progress = replace(self._progress, unreported=values)
+                return False
+        accept_len = values.get("eval/accept_len")
+        self._progress = replace(self._progress, accept_len=accept_len, unreported=None)
+        if self._reporter is not None:
+            self._reporter.report(self._progress.step, values)
+        return True
 
     def _evaluate(self, evaluation: EvaluationSet) -> dict[str, float]:
         """Measures the draft on held-out samples; raises ``GaveUp`` on all ranks or on none."""
         batches = evaluation.batches(give_up=self._run.stop.exists)
-        values = self._meter.evaluate(self._step.evaluate(batches))
-        self._accept_len = values["eval/accept_len"]
-        return values
-
-    def _new_best(self) -> float | None:
-        """Acceptance length of this step's evaluation, if it is the best of the run so far."""
-        found = self._accept_len
-        return found if found and found > self._checkpointer.best_accept_len else None
+        return self._meter.evaluate(self._step.evaluate(batches))
 
     def _evaluation_is_due(self) -> bool:
         step = self._progress.step

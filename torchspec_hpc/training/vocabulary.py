@@ -20,11 +20,16 @@ from torchspec_hpc.training.parallel import World
 
 
 def load_kept_ids(
-    config: Config, run: RunDir, world: World, dataset: TokenDataset, spec: TargetSpec
+    config: Config,
+    run: RunDir,
+    world: World,
+    dataset: TokenDataset,
+    spec: TargetSpec,
+    source: Path | None,
 ) -> Tensor | None:
     """The target ids that the draft's head can say; every rank calls it.
 
-    The first attempt takes them from ``training.load_path``, whose head has just
+    The first attempt takes them from `source`, the checkpoint to go on from, whose head has just
     these rows, or else counts the data; later attempts find them in the run directory.
 
     Returns:
@@ -38,9 +43,8 @@ def load_kept_ids(
         return None
     path = run.kept_ids
     if world.is_main and not path.exists():
-        before = config.training.load_path and Path(config.training.load_path) / KEPT_IDS
-        if before and before.is_file():
-            kept = np.load(before)
+        if source is not None and (source / KEPT_IDS).is_file():
+            kept = np.load(source / KEPT_IDS)
         else:
             specials = {spec.bos_token_id, *spec.eos_token_ids} - {None}
             kept = draft_vocabulary(dataset, spec.vocab_size, size, specials)  # type: ignore[arg-type]
