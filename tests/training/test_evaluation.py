@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +46,8 @@ class States:
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.is_silent = False
+        self.most_lent = 0  # tokens of answers that somebody still held, at any time
+        self._lent = 0
         self._open: dict[str, np.ndarray] = {}
 
     def submit(self, ticket: str, token_ids: np.ndarray) -> None:
@@ -55,7 +59,14 @@ class States:
         if self.is_silent and give_up():
             raise GaveUp("asked to stop")
         ids = torch.tensor(self._open.pop(ticket), dtype=torch.float32)
-        return ids[:, None, None].expand(-1, 3, 8).contiguous()
+        memory = ids[:, None, None].expand(-1, 3, 8).numpy().copy()
+        self._lend(len(ids))
+        weakref.finalize(memory, self._lend, -len(ids))
+        return torch.from_numpy(memory)
+
+    def _lend(self, num_tokens: int) -> None:
+        self._lent += num_tokens
+        self.most_lent = max(self.most_lent, self._lent)
 
 
 def never() -> bool:
@@ -117,6 +128,18 @@ def test_samples_are_asked_for_once_and_then_never_again(make_set: MakeSet):
     again = make_set(states, micro_batch_tokens=20).batches(never)
     assert supervised(again) == list(range(7))
     assert len(states.asked) == 7
+
+
+def test_the_memory_of_answers_is_given_back(make_set: MakeSet):
+    states = States()
+    batches = make_set(states).batches(never)
+    assert sum(batch.num_tokens for batch in batches) == 36
+    assert states.most_lent == 10  # of the longest micro-batch
+
+
+def test_no_more_is_asked_for_than_in_training(make_set: MakeSet, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(globals(), "WINDOW_TOKENS", 1000)
+    assert make_set(States(), prefetch_depth=2)._window_tokens == 20
 
 
 @pytest.mark.parametrize("settings", [{}, {"micro_batch_tokens": None, "micro_batch_size": 2}])
@@ -212,5 +235,38 @@ def test_runs_share_what_the_engines_answered(make_run: MakeRun, engine: Produce
     stopped.dir.stop.unlink()
     engine.on_request = note
     assert stopped.train(num_ranks=2) == 0
-    assert evaluated(stopped).keys() == {4}
-    assert evaluated(stopped)[4] == evaluated(two)[4]
+    assert stopped.learning() == two.learning()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_steps", [3, 4])  # the evaluation is that of the last step, or not
+def test_a_stop_during_an_evaluation_changes_nothing(
+    make_run: MakeRun, engine: Producer, num_steps: int
+):
+    settings = {"micro_batch_size": 1, "num_train_steps": num_steps}
+    straight = make_run("straight", evaluate=True, **settings)
+    assert straight.train() == 0
+    shutil.rmtree(straight.dir.root.parent / "cache" / "hidden_states")
+
+    stopped = make_run("stopped", evaluate=True, **settings)
+    answer = threading.Event()
+
+    def on_request(request: Request) -> None:
+        if request.ticket.startswith("eval-"):
+            stopped.dir.stop.write_text('{"reason": "test"}')
+            answer.wait(60)
+
+    engine.on_request = on_request
+    try:
+        for _ in range(2):  # the second attempt gets no further
+            assert stopped.train() == 85
+            assert not stopped.dir.done.exists()
+            assert [record["step"] for record in stopped.records()] == [1, 2]
+            stopped.dir.stop.unlink()
+    finally:
+        answer.set()
+    engine.on_request = lambda request: None
+    assert stopped.train() == 0
+    assert stopped.dir.done.exists()
+    assert stopped.learning() == straight.learning()
+    assert stopped.dir.best_checkpoint.read_text() == straight.dir.best_checkpoint.read_text()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -34,7 +34,8 @@ class EvaluationSet:
         world: The training group.
         config: How samples share micro-batches.
         max_tokens: Of the samples that are used, all ranks together.
-        window_tokens: Never ask for more tokens than this at a time, beyond one sample.
+        window_tokens: Never ask for more tokens than this at a time, beyond one sample, nor for
+            more than training does.
     """
 
     def __init__(
@@ -56,8 +57,10 @@ class EvaluationSet:
                 max_tokens,
             )
         self._dataset, self._states, self._cache = dataset, states, cache
-        self._world, self._window_tokens = world, window_tokens
+        self._world = world
         self._packs = Sampler(dataset.lengths[:num_samples], config, shuffle=False)
+        # answers lie in memory that the feed keeps for the rest of the run
+        self._window_tokens = min(window_tokens, config.prefetch_depth * self._packs.longest_pack)
         self._batches: list[PackedBatch] = []
 
     def batches(self, give_up: Callable[[], bool]) -> list[PackedBatch]:
@@ -88,9 +91,9 @@ class EvaluationSet:
         # a rank without a pack takes the first; without supervision it only keeps ranks in step
         packs = [self._samples_at(position) for position in mine or range(1)]
         states = self._states_of([sample for samples in packs for sample in samples], give_up)
+        # each is packed, which copies it, as soon as it is complete: the feed lends its memory
         batches = [
-            pack([(s.input_ids, s.loss_mask, states.pop(s.index)) for s in samples])
-            for samples in packs
+            pack([(s.input_ids, s.loss_mask, next(states)) for s in samples]) for samples in packs
         ]
         empty = replace(batches[-1], loss_mask=torch.zeros_like(batches[-1].loss_mask))
         supervised = batches[: len(mine)]
@@ -99,37 +102,34 @@ class EvaluationSet:
     def _samples_at(self, position: int) -> list[Sample]:
         return [self._dataset[int(index)] for index in self._packs.samples_at(position)]
 
-    def _states_of(self, samples: list[Sample], give_up: Callable[[], bool]) -> dict[int, Tensor]:
-        """Hidden states by sample."""
-        found, missing = {}, []
+    def _states_of(
+        self, samples: Sequence[Sample], give_up: Callable[[], bool]
+    ) -> Iterator[Tensor]:
+        """Hidden states of each sample, from the cache or else from the engines."""
+        coming: deque[tuple[Sample, Tensor | None]] = deque()
+        num_tokens = num_cached = 0
         for sample in samples:
-            if (states := self._cache.read(sample)) is None:
-                missing.append(sample)
-            else:
-                found[sample.index] = states
-        logger.info("held-out samples: %d in %s", len(found), self._cache.folder)
-        for sample, states in self._answers(deque(missing), give_up):
-            self._cache.write(sample, states)
-            found[sample.index] = states
-        return found
-
-    def _answers(
-        self, samples: deque[Sample], give_up: Callable[[], bool]
-    ) -> Iterator[tuple[Sample, Tensor]]:
-        """Asks the engines, as far ahead as the window allows."""
-        asked: deque[Sample] = deque()
-        num_tokens = 0
-        while samples or asked:
-            while samples and (
-                not asked or num_tokens + len(samples[0].input_ids) <= self._window_tokens
-            ):
-                sample = samples.popleft()
+            while coming and num_tokens + len(sample.input_ids) > self._window_tokens:
+                num_tokens -= len(coming[0][0].input_ids)
+                yield self._take(*coming.popleft(), give_up)
+            states = self._cache.read(sample)
+            if states is None:
                 self._states.submit(_ticket(sample), sample.input_ids)
-                asked.append(sample)
-                num_tokens += len(sample.input_ids)
-            sample = asked.popleft()
-            yield sample, self._states.take(_ticket(sample), give_up)
-            num_tokens -= len(sample.input_ids)
+            num_cached += states is not None
+            num_tokens += len(sample.input_ids)
+            coming.append((sample, states))
+        logger.info(
+            "held-out samples: %d of %d were in %s", num_cached, len(samples), self._cache.folder
+        )
+        while coming:
+            yield self._take(*coming.popleft(), give_up)
+
+    def _take(self, sample: Sample, states: Tensor | None, give_up: Callable[[], bool]) -> Tensor:
+        """Waits for what was not in the cache, and keeps it there."""
+        if states is None:
+            states = self._states.take(_ticket(sample), give_up)
+            self._cache.write(sample, states)
+        return states
 
 
 def _ticket(sample: Sample) -> str:
