@@ -58,18 +58,12 @@ class FeedStats:
     Attributes:
         num_samples: Taken by the trainer.
         num_bytes: Read from the store.
-        wait_s: Seconds that the trainer waited in :meth:`HiddenStateFeed.take`.
-        get_s: Seconds that the background thread spent reading objects.
         num_retries: Requests sent again.
-        num_duplicates: Receipts for a sample that was here already.
     """
 
     num_samples: int = 0
     num_bytes: int = 0
-    wait_s: float = 0.0
-    get_s: float = 0.0
     num_retries: int = 0
-    num_duplicates: int = 0
 
 
 class HiddenStateFeed:
@@ -164,7 +158,6 @@ class HiddenStateFeed:
                     break
                 if give_up is not None and self._unlocked(give_up):
                     raise GaveUp(f"gave up waiting for sample {ticket!r}: {entry.status}")
-            self._stats.wait_s += time.monotonic() - start
             if not entry.settled:
                 raise self._crash or entry.too_late()
             del self._tickets[ticket]
@@ -220,7 +213,6 @@ class HiddenStateFeed:
         if entry is None or not wanted:
             if isinstance(reply, Receipt):
                 self._store.remove(reply.key)
-                self._stats.num_duplicates += 1
         elif isinstance(reply, Receipt):
             self._fetch(entry, reply)
         elif reply.permanent:
@@ -238,7 +230,6 @@ class HiddenStateFeed:
             self._store.remove(receipt.key)
             self._settle(entry, error=SampleFailed(problem))
             return
-        start = time.monotonic()
         states = self._pool.lend(receipt.shape, _DTYPES[receipt.dtype])
         try:
             self._store.get_into(receipt.key, states)
@@ -246,7 +237,6 @@ class HiddenStateFeed:
             if receipt.key == entry.keys[-1]:
                 self._postpone(entry, f"engine {receipt.engine} served it, then: {error}")
             return
-        self._stats.get_s += time.monotonic() - start
         self._stats.num_bytes += states.nbytes
         # earlier tries too: an engine may have died between its put and its receipt
         for key in entry.keys:
