@@ -100,7 +100,7 @@ def test_final_norm_is_that_of_the_model(tmp_path: Path, model_type: str) -> Non
     norm.weight.data = stored[NORM]
     y = torch.randn(5, H)
     head = TargetHead(found.norm, found.lm_head, spec.rms_norm_eps)
-    torch.testing.assert_close(head(y), norm(y) @ stored[HEAD].T)
+    torch.testing.assert_close(head.logits(y), norm(y) @ stored[HEAD].T)
 
 
 def test_tied_head(tmp_path: Path) -> None:
