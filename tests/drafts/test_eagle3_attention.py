@@ -5,11 +5,16 @@ The same on a GPU, where there is one: ``pytest tests/drafts``.
 
 from __future__ import annotations
 
+import sys
+import types
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchspec_hpc.drafts.eagle3 import flash
 from torchspec_hpc.drafts.eagle3.attention import Backend, Layout, choose_backend, ttt_attention
 from torchspec_hpc.drafts.eagle3.plan import StepRows
 
@@ -75,6 +80,98 @@ def test_matches_dense_attention(backend: Backend, num_own: int, share: float) -
     output = run(tensors, layout_of(rows, LENGTHS), backend)
     expected = dense(tensors, rows, LENGTHS)
     assert output.shape == (len(rows), 48)
+    torch.testing.assert_close(output, expected)
+    upstream = torch.randn_like(output)
+    found = torch.autograd.grad(output, tensors, upstream)
+    for a, b in zip(found, torch.autograd.grad(expected, tensors, upstream), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def varlen(
+    q: Tensor, k: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Scores [heads, queries, keys] by document; the last query reads the last key."""
+    for i in range(len(cu_q) - 1):
+        rows, keys = slice(cu_q[i], cu_q[i + 1]), slice(cu_k[i], cu_k[i + 1])
+        k_i = k[keys].repeat_interleave(q.shape[1] // k.shape[1], 1)
+        scores = torch.einsum("rhd,shd->hrs", q[rows], k_i) * scale
+        num_rows, num_keys = scores.shape[1:]
+        later = torch.ones(num_rows, num_keys, dtype=torch.bool).triu(num_keys - num_rows + 1)
+        yield rows, keys, scores.masked_fill(later, -torch.inf)
+
+
+def varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, scale, *, causal):  # noqa: ANN
+    """As flash-attn 2.8's ``_flash_attn_varlen_forward``."""
+    assert causal
+    assert not dropout
+    assert max_q == cu_q.diff().max()
+    assert max_k == cu_k.diff().max()
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[1], len(q))
+    for rows, keys, scores in varlen(q, k, cu_q, cu_k, scale):
+        v_i = v[keys].repeat_interleave(q.shape[1] // v.shape[1], 1)
+        out[rows] = torch.einsum("hrs,shd->rhd", scores.softmax(-1), v_i)
+        lse[:, rows] = scores.logsumexp(-1)
+    return out, lse, None, "rng"
+
+
+def varlen_backward(
+    d_out, q, k, v, out, lse, d_q, d_k, d_v, cu_q, cu_k, max_q, max_k, dropout, scale, **options
+):  # fmt: skip  # noqa: ANN
+    """As flash-attn 2.8's ``_flash_attn_varlen_backward``, which uses the given out and lse."""
+    assert options.pop("rng_state") == "rng"
+    assert options == {
+        "causal": True, "window_size_left": -1, "window_size_right": -1, "softcap": 0.0,
+        "alibi_slopes": None, "deterministic": False,
+    }  # fmt: skip
+    group = q.shape[1] // k.shape[1]
+    for rows, keys, scores in varlen(q, k, cu_q, cu_k, scale):
+        p = (scores - lse[:, rows, None]).exp()
+        k_i, v_i = (x[keys].repeat_interleave(group, 1) for x in (k, v))
+        d_p = torch.einsum("rhd,shd->hrs", d_out[rows], v_i)
+        d_s = p * (d_p - (d_out[rows] * out[rows]).sum(-1).T[..., None]) * scale
+        d_q[rows] = torch.einsum("hrs,shd->rhd", d_s, k_i)
+        for total, weights, x in ((d_k, d_s, q), (d_v, p, d_out)):
+            added = torch.einsum("hrs,rhd->shd", weights, x[rows])
+            total[keys] = added.unflatten(1, (-1, group)).sum(2)
+
+
+@pytest.mark.parametrize("num_own", [0, 3])
+@pytest.mark.parametrize("share", [0.1, 0.7, 1.0])
+@pytest.mark.parametrize("backend", ["flash", "flash_attn"])
+def test_layout_for_kernels_of_gpus(
+    monkeypatch: pytest.MonkeyPatch, backend: Backend, num_own: int, share: float
+) -> None:
+    """Rows are where the kernels want them; stand-ins with their signatures do the arithmetic."""
+    interface = types.SimpleNamespace(
+        _flash_attn_varlen_forward=varlen_forward, _flash_attn_varlen_backward=varlen_backward
+    )
+    package = types.SimpleNamespace(flash_attn_interface=interface)
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+
+    def aten_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug):  # noqa: ANN
+        scale = q.shape[-1] ** -0.5
+        out, lse, *_ = varlen_forward(
+            q, k, v, cu_q, cu_k, max_q, max_k, dropout, scale, causal=causal
+        )
+        return out, lse, "rng", "unused", None
+
+    def aten_backward(d_out, q, k, v, out, lse, cu_q, cu_k, *rest):  # noqa: ANN
+        max_q, max_k, dropout, causal, rng, unused = rest
+        assert (rng, unused) == ("rng", "unused")
+        gradients = [torch.empty_like(x) for x in (q, k, v)]
+        varlen_backward(
+            d_out, q, k, v, out, lse, *gradients, cu_q, cu_k, max_q, max_k, dropout,
+            q.shape[-1] ** -0.5, causal=causal, window_size_left=-1, window_size_right=-1,
+            softcap=0.0, alibi_slopes=None, deterministic=False, rng_state=rng,
+        )  # fmt: skip
+        return gradients
+
+    monkeypatch.setattr(flash, "_cuda_forward", aten_forward)
+    monkeypatch.setattr(flash, "_cuda_backward", aten_backward)
+    rows = some_rows(share)
+    tensors = make(num_own, LENGTHS, rows)
+    output = run(tensors, layout_of(rows, LENGTHS), backend)
+    expected = dense(tensors, rows, LENGTHS)
     torch.testing.assert_close(output, expected)
     upstream = torch.randn_like(output)
     found = torch.autograd.grad(output, tensors, upstream)

@@ -39,7 +39,7 @@ def test_compiled_on_gpus_unless_told_otherwise() -> None:
     [
         ("flash", CPU, "float32", "auto, sdpa, plain"),
         ("flex_attention", CPU, "bfloat16", "auto, plain"),
-        ("sdpa", GPU, "bfloat16", "auto, flash, flex_attention, plain"),
+        ("sdpa", GPU, "bfloat16", "auto, flash, flash_attn, flex_attention, plain"),
         ("flash", GPU, "float32", "auto, flex_attention, plain"),
     ],
 )
@@ -50,3 +50,10 @@ def test_a_back_end_that_does_not_work_here(
     with pytest.raises(ConfigError, match=f"attention_backend = {backend} does not work") as error:
         compute_options(config, device)
     assert allowed in str(error.value)
+
+
+def test_a_package_that_is_not_installed() -> None:
+    config = tiny.training_config(attention_backend="flash_attn", compute_dtype="bfloat16")
+    with pytest.raises(ConfigError, match=r"needs the package flash-attn") as error:
+        compute_options(config, GPU)
+    assert "torchspec_hpc[fa]" in str(error.value)

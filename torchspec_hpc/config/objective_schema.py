@@ -17,6 +17,9 @@ LossName = Literal[
 _LK_ETA = 3.0
 
 
+AttentionBackend = Literal["auto", "sdpa", "flash", "flash_attn", "flex_attention", "plain"]
+
+
 class ObjectiveConfig(Section):
     """Training-time test and loss."""
 
@@ -31,10 +34,10 @@ class ObjectiveConfig(Section):
         description="lk_lambda's weight of KL is exp(-lk_eta * acceptance rate); null: 3.",
     )
     freeze_lm_head: bool = Field(False, description="Leave the draft's head as the target has it.")
-    attention_backend: Literal["auto", "sdpa", "flash", "flex_attention", "plain"] = Field(
+    attention_backend: AttentionBackend = Field(
         "auto",
         description="auto: sdpa on CPUs; flash (flash attention 2 of PyTorch) on GPUs, with float32"
-        " flex_attention; plain is the slow reference.",
+        " flex_attention; flash_attn: the package; plain is the slow reference.",
     )
     torch_compile: bool | Literal["auto"] = Field(
         "auto", description="Fuse elementwise work; auto: on GPUs. The first step takes longer."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 from pathlib import Path
@@ -108,6 +109,7 @@ def _check_backend(settings: TrainingConfig, device: torch.device) -> None:
     works = {
         "sdpa": device.type == "cpu" and settings.compute_dtype == "float32",
         "flash": device.type == "cuda" and settings.compute_dtype != "float32",
+        "flash_attn": device.type == "cuda" and settings.compute_dtype != "float32",
         "flex_attention": device.type == "cuda",
     }
     if not works.get(backend, True):
@@ -117,6 +119,11 @@ def _check_backend(settings: TrainingConfig, device: torch.device) -> None:
             f"training.compute_dtype = {settings.compute_dtype}",
             allowed=", ".join(allowed),
             hint="leave it at auto",
+        )
+    if backend == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
+        raise ConfigError(
+            "training.attention_backend = flash_attn needs the package flash-attn",
+            hint="pip install 'torchspec_hpc[fa]', or use flash, which comes with PyTorch",
         )
 
 

@@ -20,12 +20,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from torchspec_hpc.drafts.compiling import fused
-from torchspec_hpc.drafts.eagle3.flash import CpuFlash, CudaFlash
+from torchspec_hpc.drafts.eagle3.flash import CpuFlash, CudaFlash, PackageFlash
 from torchspec_hpc.drafts.eagle3.flex import FLEX_MIN_HEAD_DIM, flex_attention
 from torchspec_hpc.drafts.eagle3.plan import StepRows
 
 KeyValue = tuple[Tensor, Tensor]
-Backend = Literal["auto", "sdpa", "flash", "flex_attention", "plain"]
+Backend = Literal["auto", "sdpa", "flash", "flash_attn", "flex_attention", "plain"]
+_KERNELS = {"sdpa": CpuFlash, "flash": CudaFlash, "flash_attn": PackageFlash}
 
 
 class Layout(NamedTuple):
@@ -81,7 +82,7 @@ def ttt_attention(
     elif name == "flex_attention":
         out = _merge(q, *flex_attention(q, *block0, layout), own)
     else:
-        kernel = (CpuFlash if name == "sdpa" else CudaFlash)(layout.rows)
+        kernel = _KERNELS[name](layout.rows)
         out = _Merged.apply(  # type: ignore[no-untyped-call]
             kernel, compiled, q, *block0, *(x for pair in own for x in pair)
         )

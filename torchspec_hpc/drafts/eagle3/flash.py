@@ -132,29 +132,30 @@ class CudaFlash:
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`~torchspec_hpc.drafts.eagle3.attention.Kernel`."""
         self._to(q.device)
-        out, lse, self._rng, self._unused, _ = _cuda_forward(
-            self._spread(q), k, v, *self._lengths(), 0.0, True, False
-        )
+        out, lse = self._forward(self._spread(q), k, v)
         return out[self._slots], lse.T[self._slots]
 
     def backward(
         self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> Gradients:
         """See :class:`~torchspec_hpc.drafts.eagle3.attention.Kernel`."""
-        d_q, d_k, d_v = _cuda_backward(
-            self._spread(d_out),
-            self._spread(q),
-            k,
-            v,
-            self._spread(out),
-            self._spread(lse).T.contiguous(),
-            *self._lengths(),
-            0.0,
-            True,
-            self._rng,
-            self._unused,
-        )
+        d_out, q, out, lse = (self._spread(x) for x in (d_out, q, out, lse))
+        d_q, d_k, d_v = self._backward(d_out, q, k, v, out, lse.T.contiguous())
         return d_q[self._slots], d_k, d_v
+
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Output [slots, heads, head_dim], log-sum-exp [heads, slots]."""
+        out, lse, *self._state, _ = _cuda_forward(q, k, v, *self._lengths(), 0.0, True, False)
+        return out, lse
+
+    def _backward(
+        self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> Gradients:
+        lengths = self._lengths()
+        found: Gradients = _cuda_backward(
+            d_out, q, k, v, out, lse, *lengths, 0.0, True, *self._state
+        )
+        return found
 
     def _spread(self, x: Tensor) -> Tensor:
         """Puts rows where the kernel wants them."""
@@ -166,3 +167,40 @@ class CudaFlash:
     def _to(self, device: torch.device) -> None:
         self._slots = upload(self._slots, device)
         self._cu_q, self._cu_k = (upload(x.int(), device) for x in (self._cu_q, self._cu_k))
+
+
+class PackageFlash(CudaFlash):
+    """The same by the package flash-attn (the extra ``fa``), 2.7 or 2.8.
+
+    Its calls are tested against the package's signatures; it has not run on a GPU yet.
+    """
+
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        from flash_attn import flash_attn_interface as package
+
+        out, lse, _, rng_state = package._flash_attn_varlen_forward(  # noqa: SLF001
+            q, k, v, *self._lengths(), 0.0, q.shape[-1] ** -0.5, causal=True
+        )
+        self._state = [rng_state]
+        return out, lse
+
+    def _backward(
+        self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> Gradients:
+        from flash_attn import flash_attn_interface as package
+
+        d_q, d_k, d_v = (torch.empty_like(x) for x in (q, k, v))
+        package._flash_attn_varlen_backward(  # noqa: SLF001
+            *(d_out, q, k, v, out, lse, d_q, d_k, d_v),
+            *self._lengths(),
+            0.0,
+            q.shape[-1] ** -0.5,
+            causal=True,
+            window_size_left=-1,
+            window_size_right=-1,
+            softcap=0.0,
+            alibi_slopes=None,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+            rng_state=self._state[0],
+        )
+        return d_q, d_k, d_v
