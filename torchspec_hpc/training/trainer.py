@@ -186,8 +186,8 @@ class Trainer:
         return self._meter.evaluate(self._step.evaluate(batches))
 
     def _evaluation_is_due(self) -> bool:
-        step = self._progress.step
-        return step % self._config.dataset.eval_interval == 0 or step == self._num_steps
+        step, interval = self._progress.step, self._config.dataset.eval_interval
+        return bool(interval) and (step % interval == 0 or step == self._num_steps)
 
     def _checkpoint_is_due(self, before: Progress) -> bool:
         settings = self._config.training
