@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import threading
+from queue import Queue
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.training.tiny import training_config
+from torchspec_hpc.data.packing import Packs
 from torchspec_hpc.data.sampler import Sampler, positions_of
 from torchspec_hpc.errors import ConfigError
 
@@ -100,6 +104,25 @@ def test_the_order_is_the_same_for_ever():
     assert flat(make([1] * 10, seed=1234, micro_batch_size=1), 0, 20) == ORDER
     packed = make(range(1, 11), seed=1234, micro_batch_tokens=16)
     assert [list(packed.samples_at(at)) for at in range(packed.end_of(1))] == PACKS
+
+
+def test_the_next_epoch_is_packed_before_it_begins(monkeypatch: pytest.MonkeyPatch):
+    asked: Queue[tuple[int, int]] = Queue()
+    pack = Sampler._pack_epoch
+
+    def noted(self: Sampler, epoch: int) -> Packs:
+        asked.put((epoch, threading.get_ident()))
+        return pack(self, epoch)
+
+    monkeypatch.setattr(Sampler, "_pack_epoch", noted)
+    sampler = make(range(1, 11), micro_batch_tokens=16)
+    sampler.samples_at(0)
+    found = [asked.get(timeout=10) for _ in range(2)]
+    assert [epoch for epoch, _ in found] == [0, 1]
+    assert threading.get_ident() not in {thread for _, thread in found}
+    sampler.samples_at(sampler.end_of(1))
+    assert asked.get(timeout=10)[0] == 2
+    assert asked.empty()
 
 
 def test_impossible_packs():

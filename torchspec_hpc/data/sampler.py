@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from functools import lru_cache
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,14 +37,17 @@ class Sampler:
         self._lengths, self._config, self._shuffle = lengths, config, shuffle
         self._lock = threading.Lock()
         self._starts = [0]  # position where each epoch begins, as far as is known
-        # prefetching crosses the border of two epochs; a second of work for a million samples
-        self._packs = lru_cache(maxsize=2)(self._pack_epoch)
+        self._packed: dict[int, Future[Packs]] = {}
+        self._packer = ThreadPoolExecutor(1, "packer")
 
     def samples_at(self, position: int) -> NDArray[np.int64]:
         """Dataset indices of the pack at a position of the stream, which counts from 0."""
         with self._lock:
             epoch = self._epoch(position)
-            return self._packs(epoch)[position - self._starts[epoch]]
+            packs = self._packs(epoch)
+            # a second of work for a million samples, which nobody should wait for at the border
+            self._begin(epoch + 1)
+            return packs[position - self._starts[epoch]]
 
     def epochs_at(self, cursor: int) -> float:
         """Passes over the data once all packs before the cursor are done."""
@@ -72,6 +75,17 @@ class Sampler:
             num_packs = len(self._packs(len(self._starts) - 1))
             self._starts.append(self._starts[-1] + num_packs)
         return self._starts[epoch]
+
+    def _packs(self, epoch: int) -> Packs:
+        """The packs of an epoch; waits until they are made."""
+        return self._begin(epoch).result()
+
+    def _begin(self, epoch: int) -> Future[Packs]:
+        """Has an epoch packed in the background; only it and one beside it are kept."""
+        if epoch not in self._packed:
+            self._packed = {e: p for e, p in self._packed.items() if abs(e - epoch) == 1}
+            self._packed[epoch] = self._packer.submit(self._pack_epoch, epoch)
+        return self._packed[epoch]
 
     def _pack_epoch(self, epoch: int) -> Packs:
         config, num_samples = self._config, len(self._lengths)
