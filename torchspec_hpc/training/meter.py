@@ -31,7 +31,7 @@ TAGS = {
     "throughput/wait_share": "share of the step spent waiting for data, slowest rank",
     "throughput/flops_per_s": "floating point operations per second by formula, all ranks",
     "throughput/mfu": "the same as a share of the devices' peak; only where that is known",
-    "time/step_s": "seconds per optimizer step, slowest rank",
+    "time/step_s": "seconds per optimizer step, report included, slowest rank",
     "time/wait_s": "seconds of it spent waiting for data, slowest rank",
     "time/compute_s": "seconds of it for forward, backward and gradient norm, slowest rank",
     "time/optimizer_s": "seconds of it for the update, slowest rank",
@@ -39,7 +39,7 @@ TAGS = {
     "memory/peak_bytes": "GPU: most that tensors have taken so far; CPU: resident; fullest rank",
     "transfer/bytes_per_s": "bytes of hidden states through the store per second, all ranks",
     "transfer/bytes_per_token": "bytes of hidden states per token",
-    "transfer/retries": "requests asked again in this step, all ranks",
+    "transfer/retries": "requests asked again since the step before, all ranks",
     "transfer/queue_depth": "requests that no engine has taken yet",
     "transfer/refused": "requests that the living engines have refused so far",
 }
@@ -51,11 +51,11 @@ class Costs:
 
     Attributes:
         num_tokens: Tokens trained on.
-        num_bytes: Hidden states that arrived meanwhile.
-        num_retries: Requests asked again meanwhile.
+        num_bytes: Hidden states that arrived since the step before.
+        num_retries: Requests asked again since then.
         wait_s: Spent waiting for data.
-        step_s: Spent in all.
-        checkpoint_s: Spent on a checkpoint since the step before; not in `step_s`.
+        step_s: Spent in all since then, but for checkpoints and evaluations.
+        checkpoint_s: Spent on a checkpoint since then.
         memory_bytes: Held by tensors or by the process.
     """
 
