@@ -100,7 +100,7 @@ def varlen(
         yield rows, keys, scores.masked_fill(later, -torch.inf)
 
 
-def varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, scale, *, causal):  # noqa: ANN
+def varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, scale, *, causal):
     """As flash-attn 2.8's ``_flash_attn_varlen_forward``."""
     assert causal
     assert not dropout
@@ -116,7 +116,7 @@ def varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, scale, *, causal)
 
 def varlen_backward(
     d_out, q, k, v, out, lse, d_q, d_k, d_v, cu_q, cu_k, max_q, max_k, dropout, scale, **options
-):  # fmt: skip  # noqa: ANN
+):  # fmt: skip
     """As flash-attn 2.8's ``_flash_attn_varlen_backward``, which uses the given out and lse."""
     assert options.pop("rng_state") == "rng"
     assert options == {
@@ -148,14 +148,14 @@ def test_layout_for_kernels_of_gpus(
     package = types.SimpleNamespace(flash_attn_interface=interface)
     monkeypatch.setitem(sys.modules, "flash_attn", package)
 
-    def aten_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug):  # noqa: ANN
+    def aten_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout, causal, debug):
         scale = q.shape[-1] ** -0.5
         out, lse, *_ = varlen_forward(
             q, k, v, cu_q, cu_k, max_q, max_k, dropout, scale, causal=causal
         )
         return out, lse, "rng", "unused", None
 
-    def aten_backward(d_out, q, k, v, out, lse, cu_q, cu_k, *rest):  # noqa: ANN
+    def aten_backward(d_out, q, k, v, out, lse, cu_q, cu_k, *rest):
         max_q, max_k, dropout, causal, rng, unused = rest
         assert (rng, unused) == ("rng", "unused")
         gradients = [torch.empty_like(x) for x in (q, k, v)]
