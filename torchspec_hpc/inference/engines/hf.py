@@ -143,7 +143,7 @@ class HookedTarget:
         token_ids = torch.zeros(len(batch), longest, dtype=torch.int64)
         mask = torch.zeros(len(batch), longest, dtype=torch.int64)
         for row, ids in enumerate(batch):
-            token_ids[row, : ids.size] = torch.from_numpy(ids)
+            token_ids[row, : ids.size] = torch.tensor(ids)  # a copy: requests are read only
             mask[row, : ids.size] = 1
         padded = bool((mask == 0).any())
         self._model(
