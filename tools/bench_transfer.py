@@ -37,7 +37,7 @@ import numpy as np
 import torch
 
 from torchspec_hpc.config.endpoints import Endpoints, node_name
-from torchspec_hpc.config.schema import ControlConfig, MooncakeConfig
+from torchspec_hpc.config.transfer_schema import ControlConfig, MooncakeConfig
 from torchspec_hpc.slurm.services import ControlStore, MooncakeMaster
 from torchspec_hpc.transfer import control_server
 from torchspec_hpc.transfer.control import ControlClient

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from torchspec_hpc.config.dataset_schema import DatasetConfig
+from torchspec_hpc.config.inference_schema import InferenceConfig
 from torchspec_hpc.config.logging_schema import LoggingConfig
-from torchspec_hpc.config.schema import Config, DatasetConfig, InferenceConfig, TrainingConfig
+from torchspec_hpc.config.schema import Config, TrainingConfig
 from torchspec_hpc.config.slurm_schema import SlurmConfig, time_limit_s
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from tests.data.templates import byte_tokenizer
 from tests.helpers import conversations, read_jsonl, write_jsonl
-from torchspec_hpc.config.schema import DatasetConfig, ModelConfig
+from torchspec_hpc.config.dataset_schema import DatasetConfig
+from torchspec_hpc.config.schema import ModelConfig
 from torchspec_hpc.data.dataset import TokenDataset, prepare_dataset
 from torchspec_hpc.data.report import DatasetReport, Rejection
 from torchspec_hpc.errors import ConfigError, DataError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from torchspec_hpc.config.schema import InferenceConfig
+from torchspec_hpc.config.inference_schema import InferenceConfig
 from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.inference.placement import place, visible_devices
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import free_port
-from torchspec_hpc.config.schema import ControlConfig, MooncakeConfig
+from torchspec_hpc.config.transfer_schema import ControlConfig, MooncakeConfig
 from torchspec_hpc.errors import DeadlineExceeded, TorchspecError, UserError
 from torchspec_hpc.slurm.ports import require_bindable
 from torchspec_hpc.slurm.processes import Child, shepherded

@@ -19,7 +19,7 @@ from tests.training.producer import Producer, producer
 from torchspec_hpc.config import RunDir, parse_config, save_config
 from torchspec_hpc.config.endpoints import Endpoints
 from torchspec_hpc.config.rundir import write_atomic
-from torchspec_hpc.config.schema import MooncakeConfig
+from torchspec_hpc.config.transfer_schema import MooncakeConfig
 
 MOONCAKE = {"global_segment_size": "32MiB", "local_buffer_size": "16MiB"}
 

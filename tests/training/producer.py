@@ -11,7 +11,7 @@ import torch
 
 from tests.services import SECRET
 from torchspec_hpc.config.endpoints import Endpoints
-from torchspec_hpc.config.schema import MooncakeConfig
+from torchspec_hpc.config.transfer_schema import MooncakeConfig
 from torchspec_hpc.errors import TorchspecError
 from torchspec_hpc.transfer.control import ControlClient
 from torchspec_hpc.transfer.messages import Receipt, Refusal, Request

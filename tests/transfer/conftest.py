@@ -11,7 +11,7 @@ import pytest
 os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"  # no C++ backtraces where connections must break
 
 from tests.services import SECRET, Service, control_server, local_endpoints, mooncake_master
-from torchspec_hpc.config.schema import MooncakeConfig
+from torchspec_hpc.config.transfer_schema import MooncakeConfig
 from torchspec_hpc.transfer.control import ControlClient
 from torchspec_hpc.transfer.store import HiddenStateStore
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.services import Service
-from torchspec_hpc.config.schema import ControlConfig
+from torchspec_hpc.config.transfer_schema import ControlConfig
 from torchspec_hpc.errors import DeadlineExceeded
 from torchspec_hpc.transfer.control import ControlClient, ControlLost
 from torchspec_hpc.transfer.feed import GaveUp, HiddenStateFeed, SampleFailed

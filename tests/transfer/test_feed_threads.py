@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchspec_hpc.config.schema import ControlConfig
+from torchspec_hpc.config.transfer_schema import ControlConfig
 from torchspec_hpc.transfer.control import ControlClient
 from torchspec_hpc.transfer.feed import FeedStats, HiddenStateFeed
 from torchspec_hpc.transfer.messages import Receipt

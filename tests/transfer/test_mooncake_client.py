@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from torchspec_hpc.config.schema import MooncakeConfig
+from torchspec_hpc.config.transfer_schema import MooncakeConfig
 from torchspec_hpc.transfer import mooncake_client
 from torchspec_hpc.transfer.mooncake_client import StoreUnavailable, _set_environment
 

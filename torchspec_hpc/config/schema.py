@@ -10,18 +10,18 @@ A *device slot* is one GPU where there are GPUs and one process otherwise; the
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
+from torchspec_hpc.config.dataset_schema import DatasetConfig
+from torchspec_hpc.config.inference_schema import InferenceConfig
 from torchspec_hpc.config.logging_schema import LoggingConfig
 from torchspec_hpc.config.objective_schema import ObjectiveConfig
 from torchspec_hpc.config.optim_schema import OptimConfig
 from torchspec_hpc.config.slurm_schema import SlurmConfig
-from torchspec_hpc.config.types import Bytes, Ints, ModelRef, PathStr, Section
-
-GiB = 1024**3
-MiB = 1024**2
+from torchspec_hpc.config.transfer_schema import ControlConfig, MooncakeConfig
+from torchspec_hpc.config.types import ModelRef, PathStr, Section
 
 
 class ModelConfig(Section):
@@ -39,38 +39,6 @@ class ModelConfig(Section):
     lm_head_key: str = Field("lm_head.weight", description="Its output head tensor.")
     norm_key: str = Field("model.norm.weight", description="Its last norm's tensor.")
     trust_remote_code: bool = Field(False, description="Run Python code shipped with the target.")
-
-
-class DatasetConfig(Section):
-    """Conversations, and how they become tokens and a loss mask."""
-
-    train_data_path: PathStr = Field(description="Conversations to train on, JSONL or Parquet.")
-    eval_data_path: PathStr | None = Field(None, description="Held-out conversations; null: none.")
-    eval_interval: int = Field(0, ge=0, description="Steps between evaluations; 0: never.")
-    eval_max_tokens: int = Field(
-        100_000, ge=1, description="Held-out samples beyond it are not used: states stay in memory."
-    )
-    chat_template: PathStr | None = Field(None, description="Jinja file; null: the model's own.")
-    prompt_key: str | None = Field(
-        None, description="Column of the turns; null: conversations or messages, what is there."
-    )
-    last_turn_loss_only: bool | Literal["auto"] = Field(
-        False, description="auto: true if the chat template shows earlier answers changed."
-    )
-    min_loss_tokens: int = Field(1, ge=1, description="Rows with fewer supervised tokens are out.")
-    max_rejected_share: float = Field(
-        0.1, ge=0, le=1, description="More bad rows than this share end the run; 1: never."
-    )
-    shuffle_dataset: bool = Field(True, description="A new permutation each epoch.")
-
-    @model_validator(mode="after")
-    def _has_what_it_evaluates(self) -> DatasetConfig:
-        if self.eval_interval and self.eval_data_path is None:
-            raise ValueError(
-                f"eval_interval = {self.eval_interval} needs eval_data_path; "
-                "set it, or eval_interval to 0"
-            )
-        return self
 
 
 class TrainingConfig(OptimConfig, ObjectiveConfig):
@@ -143,140 +111,6 @@ class TrainingConfig(OptimConfig, ObjectiveConfig):
                 "set it to a checkpoint, or continual_training to false"
             )
         return self
-
-
-class VllmConfig(Section):
-    """What is handed to vLLM."""
-
-    tp_size: int = Field(1, ge=1, description="Equals inference_num_gpus_per_engine.")
-    mem_fraction_static: float | None = Field(
-        None, gt=0, le=1, description="Share of GPU memory for vLLM; null: its default."
-    )
-    enforce_eager: bool | None = Field(None, description="No CUDA graphs; null: only on CPU.")
-    kv_cache_bytes: Bytes | None = Field(
-        None, description="Bytes of KV cache; null: 1 GiB on CPU, else from mem_fraction_static."
-    )
-    extra_args: dict[str, Any] = Field(
-        default_factory=dict, description="Further arguments of vllm.LLM; {}: none."
-    )
-
-
-class InferenceConfig(Section):
-    """The engines that turn token ids into hidden states."""
-
-    engine: Literal["vllm", "hf", "sglang", "tokenspeed"] = Field(
-        "vllm", description="vllm or hf (Transformers); the others have no implementation yet."
-    )
-    aux_hidden_states_layers: Ints | None = Field(
-        None, description="Residual stream after l layers; null: (2, L//2, L-3)."
-    )
-    inference_num_gpus: int = Field(1, ge=1, description="Device slots of all engines together.")
-    inference_num_gpus_per_engine: int = Field(1, ge=1, description="Device slots of one engine.")
-    inference_num_gpus_per_node: int = Field(1, ge=1, description="Device slots on one node.")
-    inference_batch_size: int = Field(8, ge=1, description="Prompts in one engine batch.")
-    max_num_batched_tokens: int | None = Field(
-        None, ge=64, description="Tokens of one forward pass; null: the engine's default."
-    )
-    batch_invariant: bool = Field(
-        False, description="Rows must not depend on their batch: slower, bit-reproducible."
-    )
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="Of the target and its states; auto: the target's, float32 on CPU."
-    )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if there is.")
-    num_threads: int | None = Field(None, ge=1, description="CPU threads an engine; null: its own.")
-    vllm: VllmConfig = VllmConfig()
-
-    @property
-    def num_engines(self) -> int:
-        """Engines of the whole inference group."""
-        return self.inference_num_gpus // self.inference_num_gpus_per_engine
-
-    @property
-    def num_nodes(self) -> int:
-        """Nodes of the whole inference group."""
-        return -(-self.inference_num_gpus // self.inference_num_gpus_per_node)
-
-    @property
-    def num_gpus_per_node(self) -> int:
-        """Device slots on each of these nodes."""
-        return min(self.inference_num_gpus, self.inference_num_gpus_per_node)
-
-    @property
-    def engines_per_node(self) -> int:
-        """Engines that start on each node; the last node may have fewer."""
-        return self.num_gpus_per_node // self.inference_num_gpus_per_engine
-
-    @model_validator(mode="after")
-    def _divides(self) -> InferenceConfig:
-        per_engine, per_node = self.inference_num_gpus_per_engine, self.inference_num_gpus_per_node
-        if self.inference_num_gpus % per_engine:
-            raise ValueError(
-                f"inference_num_gpus = {self.inference_num_gpus} is no multiple of "
-                f"inference_num_gpus_per_engine = {per_engine}"
-            )
-        if per_engine > per_node:
-            raise ValueError(
-                f"inference_num_gpus_per_engine = {per_engine} is more than "
-                f"inference_num_gpus_per_node = {per_node}; allowed: engines that fit on one node"
-            )
-        if self.num_gpus_per_node % per_engine:
-            raise ValueError(
-                f"inference_num_gpus_per_node = {per_node} is no multiple of "
-                f"inference_num_gpus_per_engine = {per_engine}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _uses_each_device(self) -> InferenceConfig:
-        per_engine = self.inference_num_gpus_per_engine
-        if self.engine == "vllm" and self.vllm.tp_size != per_engine:
-            raise ValueError(
-                f"vllm.tp_size = {self.vllm.tp_size} and inference_num_gpus_per_engine = "
-                f"{per_engine} differ; allowed: the same number for both"
-            )
-        if self.engine == "hf" and per_engine != 1:
-            raise ValueError(
-                f"inference_num_gpus_per_engine = {per_engine} with engine hf, which has no "
-                "tensor parallelism; allowed: 1"
-            )
-        return self
-
-
-class MooncakeConfig(Section):
-    """The store that carries hidden states from engines to trainers."""
-
-    protocol: Literal["tcp", "rdma"] = Field("tcp", description="Of transfers between nodes.")
-    device_name: str = Field(
-        "", description="RDMA devices, comma-separated, e.g. mlx5_0; empty: what Mooncake finds."
-    )
-    global_segment_size: Bytes = Field(4 * GiB, description="Bytes per trainer rank.")
-    local_buffer_size: Bytes = Field(512 * MiB, description="Bytes per client.")
-    kv_lease_ttl_s: float = Field(
-        5.0, gt=0, description="Seconds that a read may take: the object stays in place that long."
-    )
-    master_port: int = Field(0, ge=0, le=65535, description="0: any free port.")
-    put_deadline_s: float = Field(300.0, gt=0, description="Longest wait for space, seconds.")
-
-
-class ControlConfig(Section):
-    """Deadlines of the control plane, in seconds. Every wait has one."""
-
-    host: str | None = Field(
-        None, description="Address that services bind to and are found at; null: the node's own."
-    )
-    port: int = Field(0, ge=0, le=65535, description="0: any free port.")
-    service_ready_s: float = Field(300.0, gt=0, description="Mooncake master and control store.")
-    engine_ready_s: float = Field(1800.0, gt=0, description="First engine up, weights loaded.")
-    request_deadline_s: float = Field(600.0, gt=0, description="Then a request is sent again.")
-    request_max_tries: int = Field(5, ge=1, description="Tries of one request; 1: no second one.")
-    stop_grace_s: float | None = Field(
-        None,
-        gt=0,
-        description="From stop asked to trainers gone; null: slurm.signal_before_s - 60, at least"
-        " 30, in a Slurm job; 120 on this machine.",
-    )
-    heartbeat_s: float = Field(5.0, gt=0, description="Between an engine's signs of life.")
 
 
 class Config(Section):

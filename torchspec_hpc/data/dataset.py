@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from torchspec_hpc.config.schema import DatasetConfig, ModelConfig
+from torchspec_hpc.config.dataset_schema import DatasetConfig
+from torchspec_hpc.config.schema import ModelConfig
 from torchspec_hpc.data.cache import cache_key, new_cache
 from torchspec_hpc.data.chat import Rendered
 from torchspec_hpc.data.conversations import Conversation, read_conversations

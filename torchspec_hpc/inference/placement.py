@@ -6,7 +6,7 @@ process otherwise, so on CPUs the settings only count engines.
 
 from __future__ import annotations
 
-from torchspec_hpc.config.schema import InferenceConfig
+from torchspec_hpc.config.inference_schema import InferenceConfig
 from torchspec_hpc.errors import ConfigError
 
 

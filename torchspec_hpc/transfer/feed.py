@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from torchspec_hpc.config.schema import ControlConfig
+from torchspec_hpc.config.transfer_schema import ControlConfig
 from torchspec_hpc.errors import TorchspecError
 from torchspec_hpc.transfer.buffers import BufferPool
 from torchspec_hpc.transfer.control import ControlClient

@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 from torchspec_hpc.config.endpoints import Endpoints, split_endpoint
-from torchspec_hpc.config.schema import MooncakeConfig
+from torchspec_hpc.config.transfer_schema import MooncakeConfig
 from torchspec_hpc.errors import TorchspecError
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from torchspec_hpc.config.endpoints import Endpoints
-from torchspec_hpc.config.schema import MooncakeConfig
+from torchspec_hpc.config.transfer_schema import MooncakeConfig
 from torchspec_hpc.errors import ConfigError, TorchspecError
 from torchspec_hpc.transfer.mooncake_client import StoreUnavailable, open_client
 

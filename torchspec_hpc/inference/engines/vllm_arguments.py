@@ -7,7 +7,7 @@ import os
 from collections.abc import Collection
 from typing import Any
 
-from torchspec_hpc.config.schema import InferenceConfig
+from torchspec_hpc.config.inference_schema import InferenceConfig
 from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.inference.engines.base import EngineContext
 

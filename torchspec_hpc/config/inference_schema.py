@@ -1,0 +1,107 @@
+"""Settings of the inference group."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from torchspec_hpc.config.types import Bytes, Ints, Section
+
+
+class VllmConfig(Section):
+    """What is handed to vLLM."""
+
+    tp_size: int = Field(1, ge=1, description="Equals inference_num_gpus_per_engine.")
+    mem_fraction_static: float | None = Field(
+        None, gt=0, le=1, description="Share of GPU memory for vLLM; null: its default."
+    )
+    enforce_eager: bool | None = Field(None, description="No CUDA graphs; null: only on CPU.")
+    kv_cache_bytes: Bytes | None = Field(
+        None, description="Bytes of KV cache; null: 1 GiB on CPU, else from mem_fraction_static."
+    )
+    extra_args: dict[str, Any] = Field(
+        default_factory=dict, description="Further arguments of vllm.LLM; {}: none."
+    )
+
+
+class InferenceConfig(Section):
+    """The engines that turn token ids into hidden states."""
+
+    engine: Literal["vllm", "hf", "sglang", "tokenspeed"] = Field(
+        "vllm", description="vllm or hf (Transformers); the others have no implementation yet."
+    )
+    aux_hidden_states_layers: Ints | None = Field(
+        None, description="Residual stream after l layers; null: (2, L//2, L-3)."
+    )
+    inference_num_gpus: int = Field(1, ge=1, description="Device slots of all engines together.")
+    inference_num_gpus_per_engine: int = Field(1, ge=1, description="Device slots of one engine.")
+    inference_num_gpus_per_node: int = Field(1, ge=1, description="Device slots on one node.")
+    inference_batch_size: int = Field(8, ge=1, description="Prompts in one engine batch.")
+    max_num_batched_tokens: int | None = Field(
+        None, ge=64, description="Tokens of one forward pass; null: the engine's default."
+    )
+    batch_invariant: bool = Field(
+        False, description="Rows must not depend on their batch: slower, bit-reproducible."
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Of the target and its states; auto: the target's, float32 on CPU."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if there is.")
+    num_threads: int | None = Field(None, ge=1, description="CPU threads an engine; null: its own.")
+    vllm: VllmConfig = VllmConfig()
+
+    @property
+    def num_engines(self) -> int:
+        """Engines of the whole inference group."""
+        return self.inference_num_gpus // self.inference_num_gpus_per_engine
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of the whole inference group."""
+        return -(-self.inference_num_gpus // self.inference_num_gpus_per_node)
+
+    @property
+    def num_gpus_per_node(self) -> int:
+        """Device slots on each of these nodes."""
+        return min(self.inference_num_gpus, self.inference_num_gpus_per_node)
+
+    @property
+    def engines_per_node(self) -> int:
+        """Engines that start on each node; the last node may have fewer."""
+        return self.num_gpus_per_node // self.inference_num_gpus_per_engine
+
+    @model_validator(mode="after")
+    def _divides(self) -> InferenceConfig:
+        per_engine, per_node = self.inference_num_gpus_per_engine, self.inference_num_gpus_per_node
+        if self.inference_num_gpus % per_engine:
+            raise ValueError(
+                f"inference_num_gpus = {self.inference_num_gpus} is no multiple of "
+                f"inference_num_gpus_per_engine = {per_engine}"
+            )
+        if per_engine > per_node:
+            raise ValueError(
+                f"inference_num_gpus_per_engine = {per_engine} is more than "
+                f"inference_num_gpus_per_node = {per_node}; allowed: engines that fit on one node"
+            )
+        if self.num_gpus_per_node % per_engine:
+            raise ValueError(
+                f"inference_num_gpus_per_node = {per_node} is no multiple of "
+                f"inference_num_gpus_per_engine = {per_engine}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _uses_each_device(self) -> InferenceConfig:
+        per_engine = self.inference_num_gpus_per_engine
+        if self.engine == "vllm" and self.vllm.tp_size != per_engine:
+            raise ValueError(
+                f"vllm.tp_size = {self.vllm.tp_size} and inference_num_gpus_per_engine = "
+                f"{per_engine} differ; allowed: the same number for both"
+            )
+        if self.engine == "hf" and per_engine != 1:
+            raise ValueError(
+                f"inference_num_gpus_per_engine = {per_engine} with engine hf, which has no "
+                "tensor parallelism; allowed: 1"
+            )
+        return self
