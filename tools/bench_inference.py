@@ -3,10 +3,11 @@
 
     python tools/bench_inference.py --model .cache/smollm2-135m-instruct --length 512
 
-Each engine runs in a process of its own, against a real Mooncake master of its own, with the
-states going to a memory segment of this process. Printed: prompt tokens per second and per
-second of CPU time (median of the repeats; the latter is the one to trust on a busy machine,
-with --threads 1), the share of plain vLLM's that is left, and the process's peak memory.
+Each engine runs in a process of its own, against real services of its own, with the states
+going to a memory segment of this process and the receipts read by the engine's. Printed: prompt
+tokens per second and per second of CPU time (median of the repeats; the latter is the one to
+trust on a busy machine, with --threads 1), the share of plain vLLM's that is left, and the
+process's peak memory.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from typing import Any
 import numpy as np
 
 from torchspec_hpc.config import RunDir, load_config, parse_config, save_config
-from torchspec_hpc.config.endpoints import Endpoints, node_name
-from torchspec_hpc.slurm.services import MooncakeMaster
+from torchspec_hpc.config.endpoints import Endpoints, create_secret, node_name
+from torchspec_hpc.slurm.services import Services
+from torchspec_hpc.transfer import control_server
 
 PLAIN = "vllm-plain"
 MODES = {
@@ -83,11 +85,17 @@ def run_mode(mode: str, options: argparse.Namespace, folder: Path) -> dict[str, 
     run.create()
     config = parse_config(settings(mode, options), base_dir=Path.cwd(), source="the options")
     save_config(config, run.config)
-    master = MooncakeMaster("127.0.0.1", config.mooncake, folder)
-    master.start()
+    create_secret(run)
+    services = Services(config, "127.0.0.1", folder, control_server.__name__)
     try:
-        endpoint = master.wait_ready(SERVICE_READY_S, check=lambda: None)
-        endpoints = Endpoints("bench-00000000", 0, "", endpoint, {node_name(): "127.0.0.1"})
+        services.start(check=lambda: None)
+        endpoints = Endpoints(
+            "bench-00000000",
+            0,
+            services.control.endpoint or "",
+            services.mooncake.endpoint or "",
+            {node_name(): "127.0.0.1"},
+        )
         endpoints.write(run)
         store = HiddenStateStore.open(
             config.mooncake,
@@ -101,7 +109,7 @@ def run_mode(mode: str, options: argparse.Namespace, folder: Path) -> dict[str, 
         ).stdout
         store.close()
     finally:
-        master.stop()
+        services.stop()
     result: dict[str, Any] = json.loads(output.splitlines()[-1])
     print(f"{MODES[mode]}: {result['tokens_per_s']:.0f} tokens/s", flush=True)
     return result
@@ -133,7 +141,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     run = RunDir(options.run_dir)
     config = load_config(run.config)
     spec = TargetSpec.from_path(config.model.target_model_path)
-    context = EngineContext(config, run, Endpoints.read(run, 1), spec)
+    context = EngineContext(config, run, Endpoints.read(run, 1), spec, rank=0)
     start = time.monotonic()
     if options.measure == PLAIN:
         prefill = plain_vllm(context)
@@ -181,22 +189,29 @@ def plain_vllm(context: Any) -> Callable[[Sequence[np.ndarray]], None]:
 
 def capturing_engine(context: Any, segment: str) -> Callable[[Sequence[np.ndarray]], None]:
     """An engine of ours. Objects are removed within the measured time, as a trainer does."""
-    from torchspec_hpc.inference.engines.base import Captured, EnginePrompt
+    from torchspec_hpc.config.endpoints import read_secret
     from torchspec_hpc.inference.engines.registry import create_engine
+    from torchspec_hpc.transfer.control import ControlClient
+    from torchspec_hpc.transfer.messages import Receipt, Request, encode_tokens
     from torchspec_hpc.transfer.store import HiddenStateStore
 
     engine = create_engine(context)
+    control = ControlClient(context.endpoints.control, read_secret(context.run), timeout_s=10)
     store = HiddenStateStore.open(
         context.config.mooncake, context.endpoints, segment_bytes=0, deadline_s=SERVICE_READY_S
     )
 
     def prefill(prompts: Sequence[np.ndarray]) -> None:
-        results = engine.prefill(
-            [EnginePrompt(f"bench/{i}", segment, prompt) for i, prompt in enumerate(prompts)]
-        )
-        for result in results:
-            assert isinstance(result, Captured), result
-            store.remove(result.key)
+        for i, prompt in enumerate(prompts):
+            key = f"bench/{i}"
+            engine.admit(Request(key, 0, 0, segment, key, encode_tokens(prompt)))
+        num_open = len(prompts)
+        while num_open:
+            num_open -= len(engine.step())
+        for _ in prompts:
+            receipt = control.pop_reply(0, SERVICE_READY_S)
+            assert isinstance(receipt, Receipt), receipt
+            store.remove(receipt.key)
 
     return prefill
 

@@ -16,8 +16,10 @@ from tests.services import SECRET, control_server, local_endpoints, mooncake_mas
 from torchspec_hpc.config import Config, RunDir, parse_config, save_config
 from torchspec_hpc.config.endpoints import Endpoints
 from torchspec_hpc.config.rundir import write_atomic
-from torchspec_hpc.inference.engines.base import EngineContext, EnginePrompt
+from torchspec_hpc.inference.engines.base import Engine, EngineContext
 from torchspec_hpc.target.spec import TargetSpec
+from torchspec_hpc.transfer.control import ControlClient
+from torchspec_hpc.transfer.messages import Receipt, Refusal, Request, encode_tokens
 from torchspec_hpc.transfer.store import HiddenStateStore
 
 AUX_LAYERS = (1, 2, 3)
@@ -76,21 +78,45 @@ def context_of(run: RunDir) -> EngineContext:
 
     config = load_config(run.config)
     spec = TargetSpec.from_path(config.model.target_model_path)
-    return EngineContext(config, run, Endpoints.read(run, 1), spec)
+    return EngineContext(config, run, Endpoints.read(run, 1), spec, rank=5)
 
 
 @dataclass
 class Requester:
-    """What a trainer is to an engine: the owner of a memory segment."""
+    """What a trainer is to an engine: the owner of a memory segment, who is sent receipts."""
 
     store: HiddenStateStore
+    control: ControlClient
+    rank: int = 7
     asked: int = 0
 
-    def prompt(self, token_ids: np.ndarray, segment: str | None = None) -> EnginePrompt:
-        """A prompt whose states go to this requester, under a new key."""
+    def request(self, token_ids: np.ndarray, key: str | None = None) -> Request:
+        """A request whose states go to this requester, under a new key."""
         self.asked += 1
-        key = f"requester/{id(self)}/{self.asked}"
-        return EnginePrompt(key, segment or self.store.segment, token_ids.astype(np.int32))
+        ticket = f"requester/{id(self)}/{self.asked}"
+        return Request(
+            ticket=ticket,
+            attempt_no=0,
+            reply_to=self.rank,
+            segment=self.store.segment,
+            key=ticket if key is None else key,
+            token_ids=encode_tokens(token_ids),
+        )
+
+    def run(self, engine: Engine, requests: list[Request]) -> list[Receipt | Refusal]:
+        """Has an engine serve requests, all admitted at once; replies in their order."""
+        for request in requests:
+            engine.admit(request)
+        finished = []
+        while len(finished) < len(requests):
+            finished += engine.step()
+        assert {end.request.ticket for end in finished} == {r.ticket for r in requests}
+        replies = {}
+        while len(replies) < len(requests):
+            reply = self.control.pop_reply(self.rank, 60)
+            assert reply is not None
+            replies[reply.ticket] = reply
+        return [replies[request.ticket] for request in requests]
 
     def fetch(self, key: str, shape: tuple[int, int, int]) -> torch.Tensor:
         """Takes float32 states out of the store."""
@@ -107,7 +133,9 @@ def requester(
     """A segment of 64 MiB."""
     config = tiny_config(tmp_path_factory.mktemp("requester"), tiny_target)
     store = HiddenStateStore.open(config.mooncake, services, segment_bytes=64 << 20, deadline_s=20)
-    yield Requester(store)
+    control = ControlClient(services.control, SECRET, timeout_s=10)
+    yield Requester(store, control)
+    control.close()
     store.close()
 
 

@@ -19,8 +19,9 @@ from tests.inference.conftest import (
 )
 from torchspec_hpc.config.endpoints import Endpoints
 from torchspec_hpc.errors import ConfigError
-from torchspec_hpc.inference.engines.base import Captured, EnginePrompt, Failed
-from torchspec_hpc.inference.engines.hf import HfEngine, HookedTarget, group_by_length
+from torchspec_hpc.inference.engines.base import PromptRefused
+from torchspec_hpc.inference.engines.hf import HfEngine, HookedTarget, choose_batch
+from torchspec_hpc.transfer.messages import Receipt, Refusal, Request, encode_tokens
 
 LAYERS = (1, 2, 3, 4)
 
@@ -76,31 +77,36 @@ def test_targets_that_cannot_be_used(tmp_path: Path) -> None:
         HookedTarget(str(tmp_path), layers=(1,), dtype=torch.float32, device="cpu")
 
 
-def test_prefill(engine: HfEngine, requester: Requester, reference: Reference) -> None:
-    good, too_long, foreign, other = random_prompts([20, 201, 20, 90])
+def test_requests_are_served(engine: HfEngine, requester: Requester, reference: Reference) -> None:
+    tokens = random_prompts([20, 90, 1])
+    receipts = requester.run(engine, [requester.request(ids) for ids in tokens])
+    for ids, receipt in zip(tokens, receipts, strict=True):
+        shape = (ids.size, 4, 64)
+        assert receipt == Receipt(receipt.ticket, receipt.key, shape, "float32", 5)
+        reference.check(ids, requester.fetch(receipt.key, receipt.shape))
+
+
+def test_unusable_prompts_are_refused(engine: HfEngine, requester: Requester) -> None:
+    too_long, foreign = random_prompts([201, 20])
     foreign[5] = -1
-    tokens = [too_long, good, np.zeros(0, np.int32), foreign, other]
-    results = engine.prefill([requester.prompt(ids) for ids in tokens])
-    assert [r.permanent for r in results if isinstance(r, Failed)] == [True] * 3
-    assert "201 tokens and the engine serves at most 200" in results[0].reason
-    assert results[2].reason == "the prompt is empty"
-    assert "token id -1; the target's ids are 0 to 511" in results[3].reason
-    for ids, result in ((good, results[1]), (other, results[4])):
-        assert result == Captured(result.key, (ids.size, 4, 64), "float32")
-        reference.check(ids, requester.fetch(result.key, result.shape))
+    with pytest.raises(PromptRefused, match="201 tokens and the engine serves at most 200"):
+        engine.admit(requester.request(too_long))
+    with pytest.raises(PromptRefused, match="token id -1; the target's ids are 0 to 511"):
+        engine.admit(requester.request(foreign))
+    with pytest.raises(PromptRefused, match="the prompt is empty"):
+        engine.admit(requester.request(np.zeros(0, np.int32)))
 
 
 def test_writes_that_fail(engine: HfEngine, requester: Requester, reference: Reference) -> None:
     """150,000 bytes are the states of 146 tokens."""
     fits, too_large, bad_key = random_prompts([146, 147, 10])
-    prompts = [requester.prompt(fits), requester.prompt(too_large)]
-    prompts.append(EnginePrompt("", requester.store.segment, bad_key))
-    first, second, third = engine.prefill(prompts)
+    requests = [requester.request(fits), requester.request(too_large)]
+    first, second, third = requester.run(engine, [*requests, requester.request(bad_key, key="")])
     reference.check(fits, requester.fetch(first.key, first.shape))
-    assert isinstance(second, Failed)
+    assert isinstance(second, Refusal)
     assert second.permanent
     assert "mooncake.global_segment_size" in second.reason
-    assert isinstance(third, Failed)
+    assert isinstance(third, Refusal)
     assert not third.permanent
 
 
@@ -111,8 +117,8 @@ def test_batch_invariance(
     run = make_run(tmp_path / "run", tiny_target, services, inference={"batch_invariant": True})
     engine = HfEngine(context_of(run))
     tokens = random_prompts([50, 3, 77])
-    alone = engine.prefill([requester.prompt(tokens[0])])
-    together = engine.prefill([requester.prompt(ids) for ids in tokens])
+    alone = requester.run(engine, [requester.request(tokens[0])])
+    together = requester.run(engine, [requester.request(ids) for ids in tokens])
     engine.close()
     first = requester.fetch(alone[0].key, alone[0].shape)
     assert first.equal(requester.fetch(together[0].key, together[0].shape))
@@ -121,21 +127,26 @@ def test_batch_invariance(
 @pytest.mark.parametrize(
     ("lengths", "max_prompts", "max_tokens", "expected"),
     [
-        ([], 4, 100, []),
-        ([5], 4, 100, [[5]]),
-        ([500], 4, 100, [[500]]),
-        ([5, 90, 6, 7], 4, 100, [[5, 6, 7], [90]]),
-        ([25, 25, 25, 25, 25], 8, 100, [[25] * 4, [25]]),
-        ([1, 1, 1], 2, 100, [[1, 1], [1]]),
-        ([3, 1, 2], 1, 100, [[1], [2], [3]]),
+        ([5], 4, 100, [5]),
+        ([500, 1], 4, 100, [500]),
+        ([5, 90, 6, 7], 4, 100, [5, 6, 7]),
+        ([90, 5, 6, 7], 4, 100, [90]),
+        ([25, 25, 25, 25, 25], 8, 100, [25] * 4),
+        ([20, 40, 21, 1], 8, 100, [20, 21, 1]),
+        ([1, 1, 1], 2, 100, [1, 1]),
+        ([3, 1, 2], 1, 100, [3]),
     ],
 )
-def test_grouping(
-    lengths: list[int], max_prompts: int, max_tokens: int, expected: list[list[int]]
+def test_a_batch_is_the_oldest_request_and_its_likes(
+    lengths: list[int], max_prompts: int, max_tokens: int, expected: list[int]
 ) -> None:
-    prompts = [EnginePrompt(str(i), "", ids) for i, ids in enumerate(random_prompts(lengths))]
-    groups = group_by_length(prompts, max_prompts, max_tokens)
-    assert [[prompt.token_ids.size for prompt in group] for group in groups] == expected
+    requests = [
+        Request(str(i), 0, 0, "", str(i), encode_tokens(ids))
+        for i, ids in enumerate(random_prompts(lengths))
+    ]
+    batch = choose_batch(requests, max_prompts, max_tokens)
+    assert batch[0] is requests[0]
+    assert [len(request.tokens) for request in batch] == expected
 
 
 def test_sharded_and_tied_targets_load(tmp_path: Path) -> None:

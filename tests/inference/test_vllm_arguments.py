@@ -32,7 +32,7 @@ def context(tmp_path: Path, tiny_target: Path, monkeypatch: pytest.MonkeyPatch) 
         config = tiny_config(tmp_path, tiny_target, inference=settings, training=training)
         endpoints = local_endpoints("127.0.0.1:1", "127.0.0.1:2")
         spec = TargetSpec.from_path(str(tiny_target))
-        return EngineContext(config, RunDir(tmp_path), endpoints, spec)
+        return EngineContext(config, RunDir(tmp_path), endpoints, spec, rank=0)
 
     return build
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import random
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from torchspec_hpc.inference.delivery import Destination
 from torchspec_hpc.inference.engines.vllm_tracking import PromptTracker, Save
 
 BLOCK = 4
 
 
+def destination(req_id: str) -> Destination:
+    return Destination(f"ticket-{req_id}", f"key-{req_id}", "host:1", 3)
+
+
 def new(req_id: str, tokens: int, blocks: list[int], computed: int = 0, ours: bool = True) -> Any:
-    params = {"kv_transfer_params": {"key": f"key-{req_id}", "segment": "host:1"}}
+    params = {"kv_transfer_params": asdict(destination(req_id))}
     return SimpleNamespace(
         req_id=req_id,
         prompt_token_ids=[7] * tokens,
@@ -45,7 +51,7 @@ def step(
 
 
 def save(req_id: str, tokens: int, *blocks: int) -> Save:
-    return Save(f"key-{req_id}", "host:1", tokens, blocks)
+    return Save(destination(req_id), tokens, blocks)
 
 
 def test_one_step() -> None:
@@ -85,8 +91,8 @@ def test_foreign_and_forgotten_requests() -> None:
     tracker = PromptTracker(1)
     assert tracker.step(step({"x": 4}, new("x", 4, [3], ours=False))) == []
     assert tracker.step(step({"a": 4}, new("a", 8, [3]))) == []
-    tracker.forget("a")
-    tracker.forget("never seen")
+    assert not tracker.forget("a")
+    assert not tracker.forget("never seen")
     assert tracker.step(step({"a": 4}, cached={"a": ([4], 4)})) == []
 
 
@@ -123,9 +129,9 @@ def test_any_schedule_saves_each_prompt_once(seed: int, tokens: list[int]) -> No
                     preempted.discard(i)
             computed[i] += amount
         for found in tracker.step(step(scheduled, *news, cached=cached, resumed=tuple(resumed))):
-            assert found.key not in saved
-            saved[found.key] = found
+            assert found.destination not in saved
+            saved[found.destination] = found
         for i in [i for i in computed if computed[i] == tokens[i]]:
-            assert saved[f"key-{i}"] == save(str(i), tokens[i], *blocks[i])
+            assert saved[destination(str(i))] == save(str(i), tokens[i], *blocks[i])
             del computed[i]
     assert len(saved) == len(tokens)

@@ -21,6 +21,9 @@ class MooncakeConfig(Section):
     )
     global_segment_size: Bytes = Field(4 * GiB, description="Bytes per trainer rank.")
     local_buffer_size: Bytes = Field(512 * MiB, description="Bytes per client.")
+    enable_gpu_direct: bool = Field(
+        False, description="Engines' GPU memory is sent by RDMA, without a copy on the host."
+    )
     kv_lease_ttl_s: float = Field(
         5.0, gt=0, description="Seconds that a read may take: the object stays in place that long."
     )

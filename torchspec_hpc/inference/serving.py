@@ -1,4 +1,4 @@
-"""The loop of one inference rank: take requests, run the engine, reply."""
+"""The loop of one inference rank: take requests in, let the engine run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import time
 from dataclasses import asdict, dataclass
 
 from torchspec_hpc.errors import TorchspecError
-from torchspec_hpc.inference.engines.base import Captured, Engine, EnginePrompt, Result
+from torchspec_hpc.inference.engines.base import Engine, PromptRefused
 from torchspec_hpc.transfer.control import ControlClient
-from torchspec_hpc.transfer.messages import MessageError, Receipt, Refusal, Request
+from torchspec_hpc.transfer.messages import MessageError, Refusal, Request
 
 logger = logging.getLogger(__name__)
 
@@ -24,15 +24,15 @@ class Progress:
 
     Attributes:
         ready: The engine is up.
-        tokens: Prompt tokens whose states are in the store.
-        batches: Engine batches.
-        busy_s: Seconds the engine spent on them, writing included.
+        tokens: Tokens whose states are captured.
+        steps: Of the engine.
+        busy_s: Seconds it spent on them, waiting for room to write included.
         refused: Prompts that were not served.
     """
 
     ready: bool = False
     tokens: int = 0
-    batches: int = 0
+    steps: int = 0
     busy_s: float = 0.0
     refused: int = 0
 
@@ -78,20 +78,20 @@ class Heartbeat:
 
 
 class Server:
-    """Serves requests with one engine.
+    """Feeds one engine with requests while it runs.
+
+    Requests are admitted between its steps, up to what keeps it busy: an engine that takes
+    more only keeps it from the others, and loses more when it dies.
 
     Args:
         engine: Ready to run.
         control: Connection to the control store.
-        rank: Inference rank, named in receipts.
         progress: Kept up to date.
     """
 
-    def __init__(
-        self, engine: Engine, control: ControlClient, rank: int, progress: Progress
-    ) -> None:
-        self._engine, self._control = engine, control
-        self._rank, self._progress = rank, progress
+    def __init__(self, engine: Engine, control: ControlClient, progress: Progress) -> None:
+        self._engine, self._control, self._progress = engine, control, progress
+        self._num_open = self._open_tokens = 0
         self._held: Request | None = None
 
     def serve(self, stop: threading.Event) -> None:
@@ -101,27 +101,31 @@ class Server:
             ControlLost: The control store is gone.
         """
         while not stop.is_set():
-            if batch := self._next_batch():
-                self._run(batch)
+            self._admit_what_fits()
+            if self._num_open:
+                self._step()
 
-    def _next_batch(self) -> list[Request]:
-        """Requests that are there now and fit into one engine batch."""
-        batch: list[Request] = []
-        tokens = 0
-        while len(batch) < self._engine.max_prompts:
-            request, self._held = self._held or self._pop(wait=not batch), None
+    def _admit_what_fits(self) -> None:
+        while self._num_open < self._engine.max_prompts:
+            request, self._held = self._held or self._pop(), None
             if request is None:
-                break
-            tokens += len(request.tokens)
-            if batch and tokens > self._engine.max_tokens:
-                self._held = request  # the first of the next batch
-                break
-            batch.append(request)
-        return batch
+                return
+            num_tokens = len(request.tokens)
+            if self._num_open and self._open_tokens + num_tokens > self._engine.max_tokens:
+                self._held = request  # the next one to be admitted
+                return
+            try:
+                self._engine.admit(request)
+            except PromptRefused as error:
+                self._refuse(request, str(error), permanent=True)
+            else:
+                self._num_open += 1
+                self._open_tokens += num_tokens
 
-    def _pop(self, *, wait: bool) -> Request | None:
+    def _pop(self) -> Request | None:
+        """The next request; waits for one only where the engine has nothing to do."""
         try:
-            request = self._control.pop_request(_IDLE_POLL_S if wait else 0.0)
+            request = self._control.pop_request(0.0 if self._num_open else _IDLE_POLL_S)
             if request is not None:
                 request.tokens  # noqa: B018 - raises here when the bytes are no token ids
         except MessageError as error:  # whoever sent it hears nothing and asks again
@@ -129,34 +133,22 @@ class Server:
             return None
         return request
 
-    def _run(self, batch: list[Request]) -> None:
+    def _step(self) -> None:
         start = time.monotonic()
-        results = self._engine.prefill(
-            [EnginePrompt(request.key, request.segment, request.tokens) for request in batch]
-        )
-        self._progress.batches += 1
+        finished = self._engine.step()
+        self._progress.steps += 1
         self._progress.busy_s += time.monotonic() - start
-        for request, result in zip(batch, results, strict=True):
-            self._reply(request, result)
+        for end in finished:
+            num_tokens = len(end.request.tokens)
+            self._num_open -= 1
+            self._open_tokens -= num_tokens
+            if end.problem is None:
+                self._progress.tokens += num_tokens
+            else:
+                self._refuse(end.request, end.problem, permanent=False)
 
-    def _reply(self, request: Request, result: Result) -> None:
-        reply: Receipt | Refusal
-        if isinstance(result, Captured):
-            self._progress.tokens += result.shape[0]
-            reply = Receipt(
-                ticket=request.ticket,
-                key=result.key,
-                shape=result.shape,
-                dtype=result.dtype,
-                engine=self._rank,
-            )
-        else:
-            self._progress.refused += 1
-            logger.warning("refused %s: %s", request.ticket, result.reason)
-            reply = Refusal(
-                ticket=request.ticket,
-                key=result.key,
-                reason=result.reason,
-                permanent=result.permanent,
-            )
-        self._control.push_reply(request.reply_to, reply)
+    def _refuse(self, request: Request, reason: str, *, permanent: bool) -> None:
+        self._progress.refused += 1
+        logger.warning("refused %s: %s", request.ticket, reason)
+        refusal = Refusal(request.ticket, request.key, reason, permanent)
+        self._control.push_reply(request.reply_to, refusal)

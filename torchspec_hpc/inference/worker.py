@@ -74,13 +74,13 @@ def _serve(config: Config, run: RunDir, endpoints: Endpoints, rank: int) -> None
         heartbeat.start()
         cleanup.callback(heartbeat.stop)
         spec = TargetSpec.from_path(config.model.target_model_path)
-        engine = create_engine(EngineContext(config, run, endpoints, spec))
+        engine = create_engine(EngineContext(config, run, endpoints, spec, rank))
         cleanup.callback(engine.close)
         progress.ready = True
         heartbeat.beat()
         write_atomic(run.ready / f"{ROLE}_{rank}.json", {"ready": True})  # for the supervisor
         logger.info("engine %s is ready", config.inference.engine)
-        Server(engine, control, rank, progress).serve(_stop)
+        Server(engine, control, progress).serve(_stop)
 
 
 def _take_devices(config: Config, rank: int, num_ranks: int) -> None:

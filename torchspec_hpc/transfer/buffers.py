@@ -23,10 +23,14 @@ class BufferPool:
     Fresh memory costs a page fault every 4 KiB, and registration for RDMA far
     more: that is what the pool saves.  It holds as many buffers as were ever lent
     at one time, each as large as the largest tensor it had to hold.
+
+    Args:
+        store: Registers the memory.
+        pin: Whether a GPU copies from or to it beside its computations.
     """
 
-    def __init__(self, store: HiddenStateStore) -> None:
-        self._store = store
+    def __init__(self, store: HiddenStateStore, *, pin: bool = False) -> None:
+        self._store, self._pin = store, pin
         self._free: list[torch.Tensor] = []
         # finalizers run in any thread, within any allocation: deque.append takes no lock
         self._returned: deque[torch.Tensor] = deque()
@@ -51,6 +55,6 @@ class BufferPool:
         if self._free:  # the largest is too small: replace it
             self._store.unregister(self._free.pop())
         num_granules = -(-num_bytes // _GRANULE_BYTES)
-        buffer = torch.empty(num_granules * _GRANULE_BYTES, dtype=torch.uint8)
+        buffer = torch.empty(num_granules * _GRANULE_BYTES, dtype=torch.uint8, pin_memory=self._pin)
         self._store.register(buffer)
         return buffer

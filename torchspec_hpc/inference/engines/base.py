@@ -19,78 +19,53 @@ import numpy.typing as npt
 
 from torchspec_hpc.config import Config, RunDir
 from torchspec_hpc.config.endpoints import Endpoints
-from torchspec_hpc.errors import ConfigError
+from torchspec_hpc.errors import ConfigError, TorchspecError
 from torchspec_hpc.target.spec import TargetSpec
+from torchspec_hpc.transfer.messages import Request
 
 Device = Literal["cpu", "cuda"]
 
 
-@dataclass(frozen=True)
-class EnginePrompt:
-    """One prompt, and where its states go.
-
-    Attributes:
-        key: Name of the object in the store.
-        segment: The memory segment to prefer, the requester's.
-        token_ids: ``int32 [T]``.
-    """
-
-    key: str
-    segment: str
-    token_ids: npt.NDArray[np.int32]
+class PromptRefused(TorchspecError):
+    """The engine cannot serve a prompt; asking again will not help."""
 
 
 @dataclass(frozen=True)
-class Captured:
-    """The states of one prompt, in the store: ``put`` returned 0 before this was made.
+class Finished:
+    """An engine is through with a request: its states are captured, and on their way.
 
     Attributes:
-        key: Name of the object.
-        shape: ``(T, A + 1, H)``.
-        dtype: As torch spells it, ``bfloat16`` for instance.
+        request: As it was admitted.
+        problem: Why they are not captured after all; None: they are.
     """
 
-    key: str
-    shape: tuple[int, int, int]
-    dtype: str
-
-
-@dataclass(frozen=True)
-class Failed:
-    """Why the states of one prompt are not in the store.
-
-    Attributes:
-        key: Name the object would have had.
-        reason: One line.
-        permanent: The prompt itself is unusable: asking again will not help.
-    """
-
-    key: str
-    reason: str
-    permanent: bool
-
-
-Result = Captured | Failed
+    request: Request
+    problem: str | None = None
 
 
 class Engine(Protocol):
-    """A target model that captures hidden states.
+    """A target model that captures hidden states, and is fed while it runs.
+
+    Whatever part of it holds the states puts them into the store and tells the requester
+    (:mod:`torchspec_hpc.inference.delivery`), so that nothing waits for the engine's next step.
 
     Attributes:
-        max_prompts: Prompts worth handing over at once.
-        max_tokens: Tokens worth handing over at once; one prompt may have more.
+        max_prompts: Open requests worth having: those that run, and as many that wait.
+        max_tokens: The same in tokens; one prompt may have more.
     """
 
     max_prompts: int
     max_tokens: int
 
-    def prefill(self, prompts: Sequence[EnginePrompt]) -> list[Result]:
-        """Computes the states and returns when they are in the store.
+    def admit(self, request: Request) -> None:
+        """Takes a request in, without computing anything.
 
-        Returns:
-            One result for each prompt, in their order.  A prompt that cannot be
-            served does not keep the others from being served.
+        Raises:
+            PromptRefused: It will never be served.
         """
+
+    def step(self) -> Sequence[Finished]:
+        """Computes for a while, at most one batch of the engine; there is an open request."""
 
     def close(self) -> None:
         """Gives memory, processes and connections back."""
@@ -105,12 +80,14 @@ class EngineContext:
         run: The run; a process that an engine starts finds everything there.
         endpoints: Where the services answer.
         spec: Shape of the target.
+        rank: Inference rank, named in receipts.
     """
 
     config: Config
     run: RunDir
     endpoints: Endpoints
     spec: TargetSpec
+    rank: int
 
     @cached_property
     def layers(self) -> tuple[int, ...]:
@@ -153,40 +130,27 @@ class EngineContext:
         return self.config.training.max_seq_length
 
 
-def sift(
-    prompts: Sequence[EnginePrompt], max_tokens: int, vocab_size: int
-) -> tuple[list[EnginePrompt], dict[str, Result]]:
-    """Separates prompts that no engine could serve from the others.
+def check_prompt(token_ids: npt.NDArray[np.int32], max_tokens: int, vocab_size: int) -> None:
+    """Refuses a prompt that no engine could serve.
 
     Args:
-        prompts: Of one batch.
+        token_ids: ``int32 [T]``.
         max_tokens: Longest prompt that is served.
         vocab_size: Rows of the target's embedding.
 
-    Returns:
-        The usable prompts, and a permanent failure by key for each of the others.
+    Raises:
+        PromptRefused: It is empty, too long, or holds ids that the target does not know.
     """
-    usable: list[EnginePrompt] = []
-    failures: dict[str, Result] = {}
-    for prompt in prompts:
-        reason = _unusable(prompt.token_ids, max_tokens, vocab_size)
-        if reason is None:
-            usable.append(prompt)
-        else:
-            failures[prompt.key] = Failed(prompt.key, reason, permanent=True)
-    return usable, failures
-
-
-def _unusable(ids: npt.NDArray[np.int32], max_tokens: int, vocab_size: int) -> str | None:
-    if ids.size == 0:
-        return "the prompt is empty"
-    if ids.size > max_tokens:
-        return (
-            f"the prompt has {ids.size} tokens and the engine serves at most {max_tokens} "
+    if token_ids.size == 0:
+        raise PromptRefused("the prompt is empty")
+    if token_ids.size > max_tokens:
+        raise PromptRefused(
+            f"the prompt has {token_ids.size} tokens and the engine serves at most {max_tokens} "
             "(training.max_seq_length)"
         )
-    low, high = int(ids.min()), int(ids.max())
+    low, high = int(token_ids.min()), int(token_ids.max())
     if low < 0 or high >= vocab_size:
         bad = low if low < 0 else high
-        return f"the prompt holds token id {bad}; the target's ids are 0 to {vocab_size - 1}"
-    return None
+        raise PromptRefused(
+            f"the prompt holds token id {bad}; the target's ids are 0 to {vocab_size - 1}"
+        )

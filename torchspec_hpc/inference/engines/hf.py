@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,19 +13,16 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from torchspec_hpc.errors import ConfigError
-from torchspec_hpc.inference.engines.base import (
-    EngineContext,
-    EnginePrompt,
-    Result,
-    sift,
-)
-from torchspec_hpc.inference.writer import StateWriter
-from torchspec_hpc.transfer.store import HiddenStateStore
+from torchspec_hpc.inference.delivery import Delivery, Destination
+from torchspec_hpc.inference.engines.base import EngineContext, Finished, check_prompt
+from torchspec_hpc.transfer.messages import Request
 
 logger = logging.getLogger(__name__)
 
 #: Tokens of one forward pass, padding included, when the configuration names none.
 _DEFAULT_BATCH_TOKENS = 8192
+#: Batches' worth of requests to hold, so that a batch can be made of similar lengths.
+_BATCHES_AHEAD = 2
 
 TokenIds = npt.NDArray[np.int32]
 
@@ -37,8 +34,10 @@ class HfEngine:
         inference = context.config.inference
         if inference.num_threads is not None:
             torch.set_num_threads(inference.num_threads)
-        self.max_prompts = 1 if inference.batch_invariant else inference.inference_batch_size
-        self.max_tokens = inference.max_num_batched_tokens or _DEFAULT_BATCH_TOKENS
+        self._batch_prompts = 1 if inference.batch_invariant else inference.inference_batch_size
+        self._batch_tokens = inference.max_num_batched_tokens or _DEFAULT_BATCH_TOKENS
+        self.max_prompts = _BATCHES_AHEAD * self._batch_prompts
+        self.max_tokens = _BATCHES_AHEAD * self._batch_tokens
         self._max_prompt_tokens = context.max_prompt_tokens
         self._vocab_size = context.spec.vocab_size
         self._target = HookedTarget(
@@ -48,27 +47,26 @@ class HfEngine:
             device=context.device,
             trust_remote_code=context.config.model.trust_remote_code,
         )
-        store = HiddenStateStore.open(
-            context.config.mooncake,
-            context.endpoints,
-            segment_bytes=0,
-            deadline_s=context.config.control.service_ready_s,
-        )
-        self._writer = StateWriter(store)
+        self._delivery = Delivery.open(context.config, context.run, context.endpoints, context.rank)
+        self._open: list[Request] = []
 
-    def prefill(self, prompts: Sequence[EnginePrompt]) -> list[Result]:
+    def admit(self, request: Request) -> None:
         """See :class:`~torchspec_hpc.inference.engines.base.Engine`."""
-        usable, results = sift(prompts, self._max_prompt_tokens, self._vocab_size)
-        for batch in group_by_length(usable, self.max_prompts, self.max_tokens):
-            captured = self._target.states([prompt.token_ids for prompt in batch])
-            for prompt, states in zip(batch, captured, strict=True):
-                self._writer.submit(prompt.key, prompt.segment, states)
-        results.update((result.key, result) for result in self._writer.drain())
-        return [results[prompt.key] for prompt in prompts]
+        check_prompt(request.tokens, self._max_prompt_tokens, self._vocab_size)
+        self._open.append(request)
+
+    def step(self) -> list[Finished]:
+        """See :class:`~torchspec_hpc.inference.engines.base.Engine`."""
+        batch = choose_batch(self._open, self._batch_prompts, self._batch_tokens)
+        captured = self._target.states([request.tokens for request in batch])
+        for request, states in zip(batch, captured, strict=True):
+            self._open.remove(request)
+            self._delivery.submit(Destination.of(request), states)
+        return [Finished(request) for request in batch]
 
     def close(self) -> None:
         """See :class:`~torchspec_hpc.inference.engines.base.Engine`."""
-        self._writer.close()
+        self._delivery.close()
 
 
 class HookedTarget:
@@ -156,18 +154,23 @@ class HookedTarget:
         return [stacked[row, : ids.size] for row, ids in enumerate(batch)]
 
 
-def group_by_length(
-    prompts: Sequence[EnginePrompt], max_prompts: int, max_tokens: int
-) -> Iterator[list[EnginePrompt]]:
-    """Groups prompts of similar length; a group has at most ``max_tokens`` with padding."""
-    group: list[EnginePrompt] = []
-    for prompt in sorted(prompts, key=lambda prompt: prompt.token_ids.size):
-        # ascending, so the newest is the longest and every row is padded to it
-        if group and (
-            len(group) == max_prompts or (len(group) + 1) * prompt.token_ids.size > max_tokens
-        ):
-            yield group
-            group = []
-        group.append(prompt)
-    if group:
-        yield group
+def choose_batch(requests: Sequence[Request], max_prompts: int, max_tokens: int) -> list[Request]:
+    """The oldest request, and those that are closest to it in length.
+
+    Args:
+        requests: Open ones, the oldest first; not empty.
+        max_prompts: Most requests of a batch.
+        max_tokens: Most tokens of a batch of several, padding included.
+    """
+
+    def length(request: Request) -> int:
+        return len(request.token_ids)
+
+    oldest, *others = requests
+    longest, batch = len(oldest.tokens), [oldest]
+    for request in sorted(others, key=lambda other: abs(length(other) - length(oldest))):
+        padded = max(longest, len(request.tokens))
+        if len(batch) < max_prompts and (len(batch) + 1) * padded <= max_tokens:
+            longest = padded
+            batch.append(request)
+    return batch

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from torchspec_hpc.errors import ConfigError
+from torchspec_hpc.inference.delivery import Destination
 from torchspec_hpc.inference.engines.base import (
-    Captured,
     EngineContext,
-    EnginePrompt,
-    Failed,
-    Result,
-    sift,
+    Finished,
+    PromptRefused,
+    check_prompt,
 )
 from torchspec_hpc.inference.engines.vllm_arguments import (
     capture_arguments,
@@ -26,13 +25,17 @@ from torchspec_hpc.inference.engines.vllm_arguments import (
     llm_arguments,
     max_prompts,
 )
-from torchspec_hpc.inference.engines.vllm_tracking import TRANSFER_PARAMS
+from torchspec_hpc.inference.engines.vllm_tracking import CAPTURED, TRANSFER_PARAMS
+from torchspec_hpc.transfer.messages import Request
 
 logger = logging.getLogger(__name__)
 
+#: Steps' worth of requests inside vLLM: one that runs, and one for when it has ended.
+_STEPS_AHEAD = 2
+
 
 class VllmEngine:
-    """vLLM's offline engine, fed with token ids and asked for one token each."""
+    """vLLM's synchronous engine, asked for one token a prompt and stepped by hand."""
 
     def __init__(self, context: EngineContext) -> None:
         inference = context.config.inference
@@ -59,7 +62,7 @@ class VllmEngine:
             **inference.vllm.extra_args,
         }
         try:
-            self._llm: Any = vllm.LLM(**arguments)
+            self._engine: Any = vllm.LLM(**arguments).llm_engine
         except vllm_compat.REFUSALS as error:
             raise ConfigError(
                 f"vLLM {vllm.__version__} refuses the target or its settings: {error}",
@@ -67,53 +70,41 @@ class VllmEngine:
             ) from error
         self._sampling_params = vllm.SamplingParams
         self._refusals = vllm_compat.REFUSALS
-        self.max_prompts = max_prompts(context)
-        scheduler = self._llm.llm_engine.vllm_config.scheduler_config
-        self.max_tokens = int(scheduler.max_num_batched_tokens)
         self._max_prompt_tokens = context.max_prompt_tokens
         self._vocab_size = context.spec.vocab_size
+        scheduler = self._engine.vllm_config.scheduler_config
+        self.max_prompts = _STEPS_AHEAD * max_prompts(context)
+        self.max_tokens = _STEPS_AHEAD * int(scheduler.max_num_batched_tokens)
+        self._serial = itertools.count()
+        self._open: dict[str, Request] = {}
         logger.info("vLLM %s is ready: %s", vllm.__version__, arguments)
 
-    def prefill(self, prompts: Sequence[EnginePrompt]) -> list[Result]:
+    def admit(self, request: Request) -> None:
         """See :class:`~torchspec_hpc.inference.engines.base.Engine`."""
-        usable, results = sift(prompts, self._max_prompt_tokens, self._vocab_size)
-        for start in range(0, len(usable), self.max_prompts):
-            results.update(self._generate(usable[start : start + self.max_prompts]))
-        for worker in self._llm.collective_rpc("take_capture_results"):
-            results.update((item["key"], _result(item)) for item in worker)
-        lost = "vLLM finished the prompt without capturing its states; see the engine's log"
-        return [
-            results.get(prompt.key) or Failed(prompt.key, lost, permanent=False)
-            for prompt in prompts
-        ]
+        check_prompt(request.tokens, self._max_prompt_tokens, self._vocab_size)
+        params = self._sampling_params(
+            max_tokens=1,
+            temperature=0.0,
+            detokenize=False,
+            extra_args={TRANSFER_PARAMS: dataclasses.asdict(Destination.of(request))},
+        )
+        name = str(next(self._serial))
+        try:
+            self._engine.add_request(name, {"prompt_token_ids": request.tokens.tolist()}, params)
+        except self._refusals as error:
+            raise PromptRefused(f"vLLM refuses the prompt: {error}") from error
+        self._open[name] = request
+
+    def step(self) -> list[Finished]:
+        """See :class:`~torchspec_hpc.inference.engines.base.Engine`."""
+        return [self._finished(output) for output in self._engine.step() if output.finished]
 
     def close(self) -> None:
         """See :class:`~torchspec_hpc.inference.engines.base.Engine`."""
-        self._llm.llm_engine.engine_core.shutdown()
+        self._engine.engine_core.shutdown()
 
-    def _generate(self, prompts: Sequence[EnginePrompt]) -> dict[str, Result]:
-        """Runs one batch; returns the prompts that vLLM refuses."""
-        token_ids = [{"prompt_token_ids": prompt.token_ids.tolist()} for prompt in prompts]
-        params = [
-            self._sampling_params(
-                max_tokens=1,
-                temperature=0.0,
-                detokenize=False,
-                extra_args={TRANSFER_PARAMS: {"key": prompt.key, "segment": prompt.segment}},
-            )
-            for prompt in prompts
-        ]
-        try:
-            self._llm.generate(token_ids, params, use_tqdm=False)
-        except self._refusals as error:  # for one prompt it refuses them all
-            if len(prompts) > 1:
-                return {k: v for prompt in prompts for k, v in self._generate([prompt]).items()}
-            reason = f"vLLM refuses the prompt: {error}"
-            return {prompts[0].key: Failed(prompts[0].key, reason, permanent=True)}
-        return {}
-
-
-def _result(item: dict[str, Any]) -> Result:
-    if "reason" in item:
-        return Failed(**item)
-    return Captured(item["key"], tuple(item["shape"]), item["dtype"])
+    def _finished(self, output: Any) -> Finished:
+        request = self._open.pop(output.request_id)
+        if (output.kv_transfer_params or {}).get(CAPTURED):
+            return Finished(request)
+        return Finished(request, "vLLM finished the prompt without capturing its states")

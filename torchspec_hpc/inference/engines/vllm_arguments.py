@@ -32,7 +32,6 @@ _MANAGED = {
     "skip_tokenizer_init": None,
     "speculative_config": None,
     "kv_transfer_config": None,
-    "worker_extension_cls": None,
 }
 
 
@@ -112,10 +111,10 @@ def capture_arguments(context: EngineContext) -> dict[str, Any]:
             "kv_role": "kv_producer",
             "kv_connector_extra_config": {
                 "run_dir": str(context.run.root),
+                "rank": context.rank,
                 "columns": [captured.index(layer) for layer in context.layers],
             },
         },
-        "worker_extension_cls": f"{_CONNECTOR_MODULE}.CaptureWorkerExtension",
     }
 
 

@@ -3,9 +3,10 @@
 vLLM (0.18 and later) can write hidden states into a paged cache of their own, one
 slot for each token: speculative method ``extract_hidden_states``.  What leaves that
 cache, and how, is the business of a KV connector, loaded by module path.  This one
-copies a prompt's rows out of the cache in the very step that completes them and
-puts them into the store while later steps run, so nothing of a prompt is ever
-waiting for the next step: the last prompt of an idle engine is delivered, too.
+copies a prompt's rows out of the cache in the very step that completes them, puts
+them into the store and sends the receipt while later steps run, so nothing of a
+prompt is ever waiting for the next step: the last prompt of an idle engine is
+delivered, too, and no tensor travels between vLLM's processes.
 
 vLLM makes one connector in the scheduler and one in each worker, and hands what
 :meth:`CaptureConnector.build_connector_meta` returns from the former to the latter
@@ -14,11 +15,10 @@ in each step.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -28,10 +28,9 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from torchspec_hpc.config import RunDir, load_config
 from torchspec_hpc.config.endpoints import Endpoints
+from torchspec_hpc.inference.delivery import Delivery
 from torchspec_hpc.inference.engines import vllm_compat
-from torchspec_hpc.inference.engines.vllm_tracking import PromptTracker, Save
-from torchspec_hpc.inference.writer import StateWriter
-from torchspec_hpc.transfer.store import HiddenStateStore
+from torchspec_hpc.inference.engines.vllm_tracking import CAPTURED, PromptTracker, Save
 
 
 @dataclass
@@ -46,6 +45,7 @@ class CaptureConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     ``kv_connector_extra_config``:
         run_dir: The run directory; configuration and endpoints are read there.
+        rank: Inference rank.
         columns: Which captured layers make up the states, in order.
     """
 
@@ -53,11 +53,12 @@ class CaptureConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         extra = vllm_config.kv_transfer_config.kv_connector_extra_config
         self._run = RunDir(extra["run_dir"])
+        self._rank: int = extra["rank"]
         self._columns: list[int] = extra["columns"]
         group, self._block_size = vllm_compat.states_group(kv_cache_config)
         self._tracker = PromptTracker(group)
         self._layer = ""
-        self._writer: StateWriter | None = None
+        self._delivery: Delivery | None = None
 
     # --- scheduler
 
@@ -65,12 +66,17 @@ class CaptureConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """Finds the prompts that this step completes."""
         return CaptureMetadata(self._tracker.step(scheduler_output))
 
-    def request_finished(self, request: Any, block_ids: Any) -> tuple[bool, None]:  # noqa: ARG002
+    def request_finished(
+        self,
+        request: Any,
+        block_ids: Any,  # noqa: ARG002
+    ) -> tuple[bool, dict[str, Any]]:
         """Forgets a request. Its rows were copied before, so its blocks may be freed."""
-        self._tracker.forget(request.request_id)
-        return False, None
+        return False, {CAPTURED: self._tracker.forget(request.request_id)}
 
-    def request_finished_all_groups(self, request: Any, block_ids: Any) -> tuple[bool, None]:
+    def request_finished_all_groups(
+        self, request: Any, block_ids: Any
+    ) -> tuple[bool, dict[str, Any]]:
         """The same, for targets that mix kinds of layers."""
         return self.request_finished(request, block_ids)
 
@@ -88,18 +94,13 @@ class CaptureConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     # --- worker
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Opens the store, before the first prompt: a store that is not there ends the start."""
+        """Connects to the services before the first prompt: without them there is no start."""
         self._layer = vllm_compat.states_layer(list(kv_caches))
         if get_tensor_model_parallel_rank() != 0:
             return  # every rank holds the same rows
         config = load_config(self._run.config)
-        deadline_s = config.control.service_ready_s
-        endpoints = Endpoints.read(self._run, deadline_s)
-        self._writer = StateWriter(
-            HiddenStateStore.open(
-                config.mooncake, endpoints, segment_bytes=0, deadline_s=deadline_s
-            )
-        )
+        endpoints = Endpoints.read(self._run, config.control.service_ready_s)
+        self._delivery = Delivery.open(config, self._run, endpoints, self._rank)
 
     def save_kv_layer(
         self,
@@ -109,17 +110,13 @@ class CaptureConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         """Copies what this step completed; vLLM calls this right after the cache write."""
-        if layer_name != self._layer or self._writer is None:
+        if layer_name != self._layer or self._delivery is None:
             return
         for save in self._get_connector_metadata().saves:
             states = vllm_compat.gather(kv_layer, save.block_ids, save.num_tokens, self._block_size)
             if self._columns != list(range(states.shape[1])):
                 states = states[:, self._columns]
-            self._writer.submit(save.key, save.segment, states)
-
-    def take_results(self) -> list[dict[str, Any]]:
-        """Waits for the writes since the last call; ``Captured`` and ``Failed`` as mappings."""
-        return [] if self._writer is None else [asdict(item) for item in self._writer.drain()]
+            self._delivery.submit(save.destination, states)
 
     def start_load_kv(self, forward_context: Any, **_: Any) -> None:
         """We bring no tokens in."""
@@ -131,10 +128,10 @@ class CaptureConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """The rows are copies: the blocks may be used again before they are in the store."""
 
     def shutdown(self) -> None:
-        """Closes the store."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        """Closes the connections."""
+        if self._delivery is not None:
+            self._delivery.close()
+            self._delivery = None
 
     @property
     def prefer_cross_layer_blocks(self) -> bool:
@@ -145,12 +142,3 @@ class CaptureConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def get_required_kvcache_layout(cls, vllm_config: Any) -> str | None:
         """Whatever this release's own reader of the states' cache needs."""
         return vllm_compat.required_layout(vllm_config)
-
-
-class CaptureWorkerExtension:
-    """Methods that vLLM adds to its worker class, for ``LLM.collective_rpc``."""
-
-    def take_capture_results(self) -> list[dict[str, Any]]:
-        """See :meth:`CaptureConnector.take_results`."""
-        connector: CaptureConnector = get_kv_transfer_group()
-        return connector.take_results()

@@ -13,8 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torchspec_hpc.inference.delivery import Destination
+
 #: Key in ``SamplingParams.extra_args`` that vLLM hands to connectors unread.
 TRANSFER_PARAMS = "kv_transfer_params"
+#: What a finished request says under this key: whether its states were captured.
+CAPTURED = "captured"
 
 
 @dataclass(frozen=True)
@@ -22,22 +26,19 @@ class Save:
     """Instruction to the worker: these rows are complete at the end of this step.
 
     Attributes:
-        key: Name of the object in the store.
-        segment: The memory segment to prefer.
+        destination: Where they go, and who is told.
         num_tokens: Rows, T.
         block_ids: Cache blocks that hold them, in order.
     """
 
-    key: str
-    segment: str
+    destination: Destination
     num_tokens: int
     block_ids: tuple[int, ...]
 
 
 @dataclass
 class _Prompt:
-    key: str
-    segment: str
+    destination: Destination
     num_tokens: int
     block_ids: list[int] = field(default_factory=list)
     saved: bool = False
@@ -87,16 +88,17 @@ class PromptTracker:
             saves.append(_complete(prompt, done))
         return [save for save in saves if save is not None]
 
-    def forget(self, req_id: str) -> None:
-        """Drops a request that finished or was aborted."""
-        self._prompts.pop(req_id, None)
+    def forget(self, req_id: str) -> bool:
+        """Drops a request that finished or was aborted; returns whether it was saved."""
+        prompt = self._prompts.pop(req_id, None)
+        return prompt is not None and prompt.saved
 
     def _begin(self, new: Any) -> _Prompt | None:
         extra = new.sampling_params.extra_args if new.sampling_params is not None else None
         params = (extra or {}).get(TRANSFER_PARAMS)
         if params is None:
             return None
-        prompt = _Prompt(params["key"], params["segment"], len(new.prompt_token_ids))
+        prompt = _Prompt(Destination(**params), len(new.prompt_token_ids))
         self._prompts[new.req_id] = prompt
         return prompt
 
@@ -105,4 +107,4 @@ def _complete(prompt: _Prompt, done: int) -> Save | None:
     if prompt.saved or done < prompt.num_tokens:
         return None
     prompt.saved = True
-    return Save(prompt.key, prompt.segment, prompt.num_tokens, tuple(prompt.block_ids))
+    return Save(prompt.destination, prompt.num_tokens, tuple(prompt.block_ids))
