@@ -28,6 +28,10 @@ class Run:
     config: Config
 
     @property
+    def root(self) -> Path:
+        return self.dir.root
+
+    @property
     def command(self) -> list[str]:
         module = "tests.slurm.fake_workers.supervise"
         return [sys.executable, "-u", "-m", module, str(self.dir.root)]

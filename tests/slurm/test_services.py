@@ -148,6 +148,29 @@ def test_a_shepherd_says_what_cannot_be_started(tmp_path: Path) -> None:
     assert "cannot start /no/program: No such file" in (tmp_path / "log").read_text()
 
 
+def test_a_shepherd_starts_its_command_again_and_takes_its_ready_file_away(tmp_path: Path) -> None:
+    ready = tmp_path / "ready_8"
+    script = f"echo start {{rank}} >> {tmp_path}/starts; test -e {ready} && exit 9; touch {ready}"
+    options = ["--restarts=1", "--first-rank=5", f"--ready-file={tmp_path}/ready_{{rank}}"]
+    command = shepherded(["sh", "-c", f"{script}; exit 7"], *options)
+    child = Child(command, tmp_path / "log", {**os.environ, "SLURM_PROCID": "3"})
+    assert child.wait(20) == 7
+    assert (tmp_path / "starts").read_text() == "start 8\n" * 2
+    assert not ready.exists()
+    assert "sh -c" in (tmp_path / "log").read_text()
+    assert "ended with 7; restart 1 of 1 in 1 s" in (tmp_path / "log").read_text()
+
+
+def test_a_shepherd_that_was_told_to_end_starts_nothing_again(tmp_path: Path) -> None:
+    script = f"echo start >> {tmp_path}/starts; exit 7"
+    child = Child(shepherded(["sh", "-c", script], "--restarts=99"), tmp_path / "log", os.environ)
+    while "restart 2" not in (tmp_path / "log").read_text():
+        assert child.wait(0.02) is None
+    child.signal(signal.SIGINT)
+    assert child.wait(20) == 7
+    assert (tmp_path / "starts").read_text() == "start\n" * 2
+
+
 def processes_with(word: str) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):

@@ -112,7 +112,8 @@ def test_a_killed_supervisor_leaves_nothing(tmp_path: Path) -> None:
 def test_a_failure_ends_the_run_with_one_message(
     tmp_path: Path, plan: Plan, code: int, message: str
 ) -> None:
-    run = make_run(tmp_path / "r", plan, inference={"inference_num_gpus": 2})
+    control = {"engine_restarts": 0}
+    run = make_run(tmp_path / "r", plan, inference={"inference_num_gpus": 2}, control=control)
     assert run.supervise() == code, run.log
     assert message in run.outcome()["message"]
     assert message in run.log
@@ -120,10 +121,27 @@ def test_a_failure_ends_the_run_with_one_message(
     assert "to go on: torchspec-hpc run" in run.log
 
 
-def test_an_engine_that_dies_costs_no_step(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "r", Plan(num_steps=FOREVER, engine="die later"))
+def test_an_engine_that_dies_is_started_again(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r", Plan(num_steps=100, step_s=0.1, engine="die twice"))
+    assert run.supervise(60) == 0, run.log
+    assert (run.root / "starts").read_text().count("start") == 3
+    assert "restart 2 of 5 in 2 s" in (run.dir.latest_logs / "inference_step.log").read_text()
+    assert "inference rank 0 is ready" in run.log
+
+
+def test_an_engine_that_cannot_start_is_reported_and_not_missed(tmp_path: Path) -> None:
+    plan = Plan(num_steps=80, step_s=0.1, engine="one user error")
+    run = make_run(tmp_path / "r", plan, inference={"inference_num_gpus": 2})
+    assert run.supervise() == 0, run.log
+    assert run.log.count("there is no model in /nowhere") == 1
+    assert "restart" not in (run.dir.latest_logs / "inference_step.log").read_text()
+
+
+def test_engines_that_stay_dead_cost_no_step(tmp_path: Path) -> None:
+    plan = Plan(num_steps=FOREVER, engine="die later")
+    run = make_run(tmp_path / "r", plan, control={"engine_restarts": 1})
     assert run.supervise() == 137, run.log
-    assert "the inference step ended with 137" in run.outcome()["message"]
+    assert "all engines have ended, the first with 137" in run.outcome()["message"]
     assert run.outcome()["codes"]["training"] == 85
     assert run.dir.latest_checkpoint.read_text().strip() == f"step_{run.steps()[-1]}"
 

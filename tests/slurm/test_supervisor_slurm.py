@@ -106,6 +106,15 @@ def test_a_crash_is_tried_again_while_there_is_progress(patient: Cluster, tmp_pa
     assert run.outcome()["reason"] == "it crashed without progress since step 3"
 
 
+def test_an_engine_that_dies_is_started_again(patient: Cluster, tmp_path: Path) -> None:
+    plan = Plan(engine="die twice", num_steps=150, step_s=0.1)
+    run = make_run(tmp_path / "r", plan, cluster="slurm", slurm=SLURM, **TWO_NODES)
+    job = submit(patient, run)
+    finish(patient, job, run)
+    assert (run.dir.root / "starts").read_text().count("start") == 4
+    assert "restart 1 of 5 in 1 s" in (run.dir.latest_logs / "inference_step.log").read_text()
+
+
 def test_engines_that_cannot_start_end_the_job(patient: Cluster, tmp_path: Path) -> None:
     plan = Plan(engine="user error", num_steps=10_000)
     run = make_run(tmp_path / "r", plan, cluster="slurm", slurm=SLURM, **TWO_NODES)

@@ -49,6 +49,7 @@ class RunDir:
         self.exit_codes = self.control / "exit_codes.json"
         self.attempts = self.control / "attempts.json"
         self.ready = self.control / "ready"  # a file of each engine that is
+        self.joined = self.control / "joined"  # a file of each job whose engines joined the run
 
     def attempt_dir(self, attempt: int) -> Path:
         """Rendered script and header of one attempt."""
@@ -104,7 +105,7 @@ class RunDir:
             UserError: The directory cannot be written.
         """
         try:
-            for folder in (self.job, self.control, self.errors, self.ready, self.logs):
+            for folder in (self.job, self.control, self.errors, self.ready, self.joined, self.logs):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(

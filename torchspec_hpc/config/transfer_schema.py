@@ -40,6 +40,12 @@ class ControlConfig(Section):
     port: int = Field(0, ge=0, le=65535, description="0: any free port.")
     service_ready_s: float = Field(300.0, gt=0, description="Mooncake master and control store.")
     engine_ready_s: float = Field(1800.0, gt=0, description="First engine up, weights loaded.")
+    engine_restarts: int = Field(
+        5, ge=0, description="Starts of an engine that died, in a row; 0: it stays dead."
+    )
+    engines_lost_s: float = Field(
+        1800.0, gt=0, description="No engine for so long: a checkpoint, and the run ends."
+    )
     request_deadline_s: float = Field(600.0, gt=0, description="Then a request is sent again.")
     request_max_tries: int = Field(5, ge=1, description="Tries of one request; 1: no second one.")
     stop_grace_s: float | None = Field(

@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from torchspec_hpc.config.rundir import RunDir
 from torchspec_hpc.errors import EXIT_USER_ERROR
@@ -39,7 +40,7 @@ class Failure:
 
 def read_failures(run: RunDir) -> list[Failure]:
     """All failures of this attempt, in the order in which they were written."""
-    _refresh(run)
+    refresh(run.errors)
     found: list[tuple[float, Failure]] = []
     for path in run.errors.glob("*.json"):
         with contextlib.suppress(FileNotFoundError):
@@ -48,9 +49,9 @@ def read_failures(run: RunDir) -> list[Failure]:
     return [failure for _, failure in sorted(found, key=lambda item: item[0])]
 
 
-def _refresh(run: RunDir) -> None:
+def refresh(folder: Path) -> None:
     """NFS clients cache a directory's entries for a minute unless they change it themselves."""
-    probe = run.errors / ".refresh"
+    probe = folder / ".refresh"
     try:
         probe.touch()
         probe.unlink()

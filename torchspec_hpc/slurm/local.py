@@ -22,6 +22,7 @@ from torchspec_hpc.slurm.steps import (
     TRAINING,
     Modules,
     Step,
+    engine_shepherd_options,
     trainer_shepherd_options,
     worker_environment,
 )
@@ -87,7 +88,10 @@ class LocalLauncher:
             command = self.modules.engine_command(self._run, sys.executable)
             command += ["--rank", str(rank), "--num-ranks", str(inference.num_engines)]
             env = self._worker_environment(inference.num_threads, self._engine_gpus[rank])
-            children.append(Child(shepherded(command), logs / f"{INFERENCE}_step.log", env))
+            argv = shepherded(
+                command, *engine_shepherd_options(self._run, self._config.control, rank)
+            )
+            children.append(Child(argv, logs / f"{INFERENCE}_step.log", env))
         return Step(INFERENCE, children, signal.SIGQUIT)
 
     def start_training(self, logs: Path) -> Step:

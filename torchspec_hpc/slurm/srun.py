@@ -29,6 +29,7 @@ from torchspec_hpc.slurm.steps import (
     TRAINING,
     Modules,
     Step,
+    engine_shepherd_options,
     trainer_shepherd_options,
     worker_environment,
 )
@@ -78,7 +79,7 @@ class SlurmLauncher:
         self._job = Job(self.job_id, attempt(environ), len(groups))
 
     def start_inference(self, logs: Path) -> Step:
-        """One task an engine. One engine's end ends the step: the others could not make up."""
+        """One task an engine; the step lasts as long as one of them does."""
         if "HF_HUB_OFFLINE" not in self._environ:
             logger.info("workers use cached files of the Hugging Face hub only (HF_HUB_OFFLINE=1)")
         inference, group = self._config.inference, self._config.slurm.inference
@@ -89,11 +90,14 @@ class SlurmLauncher:
             f"--ntasks-per-node={inference.engines_per_node}",
             "--distribution=block",  # engines choose their GPUs by rank
             *_resources(group, inference.num_gpus_per_node),
-            "--kill-on-bad-exit=1",
+            "--kill-on-bad-exit=0",
+            "--wait=0",  # nor does the end of one end the others after a while
             "--disable-status",  # forward the first SIGINT to the engines
         ]
         engine = self.modules.engine_command(self._run, self._python)
-        command = shepherded(engine, python=self._python)
+        command = shepherded(
+            engine, *engine_shepherd_options(self._run, self._config.control), python=self._python
+        )
         threads = inference.num_threads or group.cpus_per_task
         return self._srun(INFERENCE, options, command, threads, logs)
 

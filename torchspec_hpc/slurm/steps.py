@@ -10,6 +10,7 @@ from typing import Protocol
 
 from torchspec_hpc.config.rundir import RunDir
 from torchspec_hpc.config.schema import Config, TrainingConfig
+from torchspec_hpc.config.transfer_schema import ControlConfig
 from torchspec_hpc.slurm.job import JobFate
 from torchspec_hpc.slurm.processes import Child, tail
 
@@ -34,11 +35,9 @@ class Step:
         self.name, self._children, self._kill_signal = name, children, kill_signal
 
     def poll(self) -> int | None:
-        """The first exit code that is not 0; 0 when all have ended; None while they run."""
+        """None while a process runs; then the first exit code that is not 0, or 0."""
         codes = [child.poll() for child in self._children]
-        if bad := [code for code in codes if code]:
-            return bad[0]
-        return None if None in codes else 0
+        return None if None in codes else next(filter(None, codes), 0)
 
     def interrupt(self, grace_s: float) -> None:
         """Asks the workers to end, and kills those that have not in time."""
@@ -145,6 +144,21 @@ class Modules:
 def trainer_shepherd_options(run: RunDir) -> list[str]:
     """A trainer node writes the stop file when it is signalled, and says which node it is."""
     return [f"--stop-file={run.stop}", "--copy-env=SLURM_NODEID=PET_NODE_RANK"]
+
+
+def engine_shepherd_options(run: RunDir, control: ControlConfig, first_rank: int = 0) -> list[str]:
+    """An engine that dies is started again, and is not ready meanwhile.
+
+    Args:
+        run: The run.
+        control: How often.
+        first_rank: Rank of the engine; under Slurm of the step's first task.
+    """
+    return [
+        f"--restarts={control.engine_restarts}",
+        f"--first-rank={first_rank}",
+        f"--ready-file={run.ready}/{INFERENCE}_{{rank}}.json",
+    ]
 
 
 def worker_environment(

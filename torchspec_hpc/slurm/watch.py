@@ -18,10 +18,11 @@ from torchspec_hpc.errors import (
     DeadlineExceeded,
     TorchspecError,
 )
+from torchspec_hpc.slurm.engine_watch import EnginesLost, EngineWatch
 from torchspec_hpc.slurm.failures import read_failures, root_cause
 from torchspec_hpc.slurm.requeue import Ending
 from torchspec_hpc.slurm.services import Services
-from torchspec_hpc.slurm.steps import Step
+from torchspec_hpc.slurm.steps import TRAINING, Step
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +66,12 @@ class Watch:
         stop_asked_at: Callable[[], float | None],
     ) -> None:
         self._run, self._logs, self._services = run, logs, services
-        self._engine_ready_s = config.control.engine_ready_s
         self._grace_s = stop_grace_s(config)
         self._inference, self._training = inference, training
         self._stop_asked_at = stop_asked_at
         self._start = self._told = self._looked = time.monotonic()
-        self._first_step = last_logged_step(run)
-        self._engine_is_ready = False
+        self._first_step = self._last_step = last_logged_step(run)
+        self._engines = EngineWatch(run, config.control, self._start)
         self._failing_since: float | None = None
         self._done_since: float | None = None
         # what ended while the trainers needed it, and how long they may still take to save
@@ -118,9 +118,10 @@ class Watch:
         if self._hangs_after_done(now):
             return self._done()
         if self._lost is None:
-            if self._a_worker_failed(now):
-                return self._failed(EXIT_CRASH, "a worker failed and its step did not end")
-            self._check_engines(now)
+            if self._a_trainer_failed(now):
+                what = "a trainer failed and its step did not end"
+                return self._failed(EXIT_CRASH, what, self._training)
+            self._look_at_engines(now)
         return None
 
     def _trainers_ended(self, code: int) -> Ending:
@@ -130,7 +131,8 @@ class Watch:
             saved = latest_step(self._run)
             return Ending(EXIT_REQUEUE, f"stopped with a checkpoint of step {saved}")
         if code == EXIT_DONE:
-            return self._failed(EXIT_CRASH, f"the trainers ended without writing {self._run.done}")
+            what = f"the trainers ended without writing {self._run.done}"
+            return self._failed(EXIT_CRASH, what, self._training)
         return self._failed(code, f"the training step ended with {code}", self._training)
 
     def _done(self) -> Ending:
@@ -158,8 +160,10 @@ class Watch:
 
     def _what_ended(self) -> Ending | None:
         """The failure of what the trainers need: the engines or a service."""
-        if (code := self._inference.poll()) is not None:
-            return self._engines_ended(code)
+        code = self._inference.poll()
+        if code is not None and not self._engines.others_joined:
+            what = f"all engines have ended, the first with {code}, and the trainers need them"
+            return self._failed(code or EXIT_CRASH, what, self._inference)
         try:
             self._services.check()
         except TorchspecError as error:
@@ -175,45 +179,38 @@ class Watch:
         logger.info("asking the trainers for a checkpoint, for %.0f s at most", grace_s)
         write_stop(self._run, lost.message.splitlines()[0])
 
-    def _engines_ended(self, code: int) -> Ending:
-        what = (
-            f"the inference step ended with {code} while the trainers still needed it "
-            "(engines are not started again within an attempt)"
-        )
-        return self._failed(code or EXIT_CRASH, what, self._inference)
+    def _failed(self, code: int, what: str, step: Step) -> Ending:
+        """The cause in a worker's own words; without any, the end of its step's log.
 
-    def _failed(self, code: int, what: str, step: Step | None = None) -> Ending:
-        """The cause in a worker's own words; without any, the end of its step's log."""
-        cause = root_cause(read_failures(self._run))
+        Engines may have failed before, without ending the run: a worker of this step comes first.
+        """
+        failures = read_failures(self._run)
+        cause = root_cause([f for f in failures if f.role == step.name] or failures)
         if cause is not None:
             logger.info("%s", what)
             return Ending(cause.exit_code, str(cause))
-        if step is None:
-            return Ending(code, what)
         launched = any((self._logs / step.name).glob("*/*.log"))
         return Ending(code, f"{what}; its log ends with:\n{step.log_tail()}", launched)
 
-    def _a_worker_failed(self, now: float) -> bool:
+    def _a_trainer_failed(self, now: float) -> bool:
         """Whether one did, and its step had its time to end by itself."""
-        if self._failing_since is None and read_failures(self._run):
-            logger.info("a worker failed; its step has %.0f s to end", _FAILURE_GRACE_S)
+        failed = any(failure.role == TRAINING for failure in read_failures(self._run))
+        if self._failing_since is None and failed:
+            logger.info("a trainer failed; its step has %.0f s to end", _FAILURE_GRACE_S)
             self._failing_since = now
         return self._failing_since is not None and now - self._failing_since > _FAILURE_GRACE_S
 
-    def _check_engines(self, now: float) -> None:
-        """Raises if none is ready in time; a step of the trainers shows as well that one is."""
-        if self._engine_is_ready:
-            return
-        self._engine_is_ready = (
-            any(self._run.ready.glob("inference_*.json"))
-            or last_logged_step(self._run) != self._first_step
-        )
-        if not self._engine_is_ready and now - self._start > self._engine_ready_s:
-            raise DeadlineExceeded(
-                "an engine to become ready (control.engine_ready_s)",
-                self._engine_ready_s,
-                hint=f"the inference step's log ends with:\n{self._inference.log_tail()}",
-            )
+    def _look_at_engines(self, now: float) -> None:
+        """Raises if none becomes ready in time; ends the attempt if there is none any more."""
+        step = last_logged_step(self._run)
+        trains, self._last_step = step != self._last_step, step
+        try:
+            self._engines.look(now, trains=trains)
+        except DeadlineExceeded as error:
+            hint = f"the inference step's log ends with:\n{self._inference.log_tail()}"
+            raise DeadlineExceeded(error.waited_for, error.seconds, hint=hint) from None
+        except EnginesLost as error:
+            self._save_before(self._failed(EXIT_CRASH, str(error), self._inference), now)
 
     def _tell_progress(self, now: float) -> None:
         logger.info(

@@ -19,7 +19,8 @@ class Plan:
         crash_at: A trainer ends with `crash_code` in this step; -1: never.
         crash_code: 2 is told as the user's mistake.
         deaf: The trainers do not look at the stop file.
-        engine: ``serve``, or how it fails: ``die``, ``die later``, ``user error``, ``never ready``.
+        engine: ``serve``, or how it fails: ``die``, ``die later``, ``user error``, ``never ready``;
+            ``die twice`` and then serve; ``one user error``: rank 0's, the others serve.
         leave_orphan: The engine starts a process that detaches itself.
         use_torch: Real torchrun and control store: slower by what torch takes to load.
     """
