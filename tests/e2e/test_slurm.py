@@ -130,7 +130,8 @@ def test_by_hand_without_submitit(
     tmp_path: Path,
 ) -> None:
     config = config_file(cluster="slurm", training={"num_train_steps": STEPS})
-    components = "--partition=infer --cpus-per-task=1 --gres=none : --partition=train --gres=none"
+    task = "--ntasks-per-node=1 --cpus-per-task=1 --mem=2000M --gres=none"
+    components = f"--partition=infer {task} : --partition=train {task}"
     job = cluster.sbatch(
         f"--export=ALL,TORCHSPEC_PYTHON={sys.executable}",
         f"--output={tmp_path}/%j.out",

@@ -16,6 +16,7 @@ from tests.helpers import read_jsonl
 from tests.slurm.fake_workers.plan import Plan
 from torchspec_hpc.config import RunDir, parse_config, save_config
 from torchspec_hpc.config.schema import Config
+from torchspec_hpc.slurm.snapshot import snapshot_code
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,6 +103,8 @@ def make_run(folder: Path, plan: Plan, **sections: Any) -> Run:
     run = RunDir(folder)
     run.create()
     config = parse_config(settings, base_dir=folder, source="test")
+    if config.cluster == "slurm":
+        snapshot_code(run)
     save_config(config, run.config)
     plan.write(run)
     return Run(run, config)

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.slurm.cluster import Cluster
+from torchspec_hpc.config.load import parse_config
+from torchspec_hpc.config.schema import Config
+from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.slurm.env import (
-    HetGroup,
+    Nodes,
     SlurmEnvironmentError,
     attempt,
     expand_nodelist,
     job_id,
     node_addresses,
-    read_het_groups,
+    read_nodes,
 )
+
+
+def sized_config(inference: int, training: int, topology: str = "het") -> Config:
+    """So many nodes of each group."""
+    raw = {
+        "output_dir": "/runs",
+        "model": {"target_model_path": "org/tiny"},
+        "dataset": {"train_data_path": "/data"},
+        "inference": {"inference_num_gpus": inference},
+        "training": {"training_num_nodes": training},
+        "slurm": {"topology": topology},
+    }
+    return parse_config(raw, base_dir=Path("/"), source="test")
+
 
 VERSIONS = ("22.05", "24.11")
 NODELISTS = {
@@ -36,10 +55,8 @@ def _recorded(name: str) -> dict[str, str]:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_batch_script(version: str) -> None:
     environ = _recorded(f"batch_{version}")
-    assert read_het_groups(environ) == [
-        HetGroup(0, 1, "infer", ("infer0", "infer1")),
-        HetGroup(1, 2, "train", ("train0", "train1")),
-    ]
+    config = sized_config(2, 2)
+    assert read_nodes(environ, config) == Nodes(("infer0", "infer1"), ("train0", "train1"))
     assert job_id(environ) == "1"
     assert attempt(environ) == 1  # recorded after a requeue
 
@@ -47,7 +64,7 @@ def test_batch_script(version: str) -> None:
 @pytest.mark.parametrize("version", VERSIONS)
 def test_step_of_component_1(version: str) -> None:
     environ = _recorded(f"step_{version}")
-    assert read_het_groups(environ)[1].nodes == ("train0", "train1")
+    assert read_nodes(environ, sized_config(2, 2)).training == ("train0", "train1")
     assert job_id(environ) == "1"  # the leader's
 
 
@@ -66,7 +83,33 @@ def test_incomplete_environment(missing: str, message: str) -> None:
     environ = _recorded("batch_22.05")
     del environ[missing]
     with pytest.raises(SlurmEnvironmentError, match=message):
-        read_het_groups(environ)
+        read_nodes(environ, sized_config(2, 2))
+
+
+def test_one_allocation() -> None:
+    environ = {"SLURM_JOB_NODELIST": "n[1-3]"}
+    assert read_nodes(environ, sized_config(1, 2, "single")) == Nodes(("n1",), ("n2", "n3"))
+    environ = {"SLURM_JOB_NODELIST": "n7"}
+    assert read_nodes(environ, sized_config(1, 1, "one_node")) == Nodes(("n7",), ("n7",))
+
+
+@pytest.mark.parametrize(
+    ("size", "environ", "message"),
+    [
+        ((2, 1), {}, "component 1 of the job has 2 nodes, training.training_num_nodes asks for 1"),
+        ((1, 2), {}, "component 0 of the job has 2 nodes, inference.inference_num_gpus asks for 1"),
+        ((2, 2), {"SLURM_HET_SIZE": "1"}, "component 1 of the job has 0 nodes"),
+        ((2, 2, "single"), {}, "topology is single, and the job is heterogeneous"),
+    ],
+)
+def test_allocation_must_fit(size: tuple[Any, ...], environ: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_nodes(_recorded("batch_24.11") | environ, sized_config(*size))
+
+
+def test_one_allocation_must_fit() -> None:
+    with pytest.raises(ConfigError, match=r"the job has 2 nodes, .* asks for 3"):
+        read_nodes({"SLURM_JOB_NODELIST": "n[1-2]"}, sized_config(1, 2, "single"))
 
 
 @pytest.mark.parametrize("nodelist", NODELISTS)
@@ -94,3 +137,11 @@ def test_node_addresses(login_node: Cluster) -> None:
     assert addresses == {node: login_node.addresses[node] for node in nodes}
     with pytest.raises(SlurmEnvironmentError, match="no address of train9: Node train9 not found"):
         node_addresses(["train0", "train9"])
+
+
+def test_node_addresses_without_scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    here = socket.gethostname()
+    assert list(node_addresses([here])) == [here]
+    with pytest.raises(SlurmEnvironmentError, match="no scontrol on this node, and its name does"):
+        node_addresses(["no-such-node.invalid"])

@@ -13,6 +13,7 @@ from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.configs import small_config
 from torchspec_hpc.config.rundir import RunDir
 from torchspec_hpc.slurm.executor import HetSlurmExecutor, HetSlurmJob
+from torchspec_hpc.slurm.snapshot import snapshot_code
 
 pytestmark = pytest.mark.slurm
 
@@ -27,6 +28,7 @@ srun --het-group=1 --nodes=2 --ntasks=2 --ntasks-per-node=1 --cpus-per-task=3 --
 def _submit(folder: Path, script: str) -> HetSlurmJob:
     run = RunDir(folder / "small")
     run.create()
+    snapshot_code(run)
     job = HetSlurmExecutor(small_config(folder), run).submit(
         CommandFunction(["bash", "-euc", script])
     )

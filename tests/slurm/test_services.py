@@ -16,6 +16,7 @@ from torchspec_hpc.errors import DeadlineExceeded, TorchspecError, UserError
 from torchspec_hpc.slurm.ports import require_bindable
 from torchspec_hpc.slurm.processes import Child, shepherded
 from torchspec_hpc.slurm.services import ControlStore, MooncakeMaster
+from torchspec_hpc.slurm.steps import ServiceRuntime
 
 HOST = "127.0.0.1"
 FAKE_CONTROL = "tests.slurm.fake_workers.control_store"
@@ -107,10 +108,10 @@ def test_ports_that_cannot_be_bound() -> None:
 
 
 def test_a_missing_program_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    runtime = ServiceRuntime(python=str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="mooncake_master is installed neither"):
-        MooncakeMaster(HOST, MooncakeConfig(), tmp_path).start()
+        MooncakeMaster(HOST, MooncakeConfig(), tmp_path, runtime).start()
 
 
 @pytest.mark.parametrize(

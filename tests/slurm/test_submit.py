@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pkgutil
 import stat
 import subprocess
@@ -20,7 +21,6 @@ from torchspec_hpc.config.schema import Config
 from torchspec_hpc.errors import ConfigError, UserError
 from torchspec_hpc.slurm.prepare import (
     RunRecord,
-    check_allocation,
     header_settings,
     prepare_run,
 )
@@ -46,7 +46,7 @@ def test_submit_resume_and_refusals(login_node: Cluster, tmp_path: Path) -> None
     assert find_jobs(comment=run.run_id) == [job_id]
     assert job_info(job_id).state == "PENDING"
     assert submitted.earliest_start is not None
-    script = (run.attempt_dir(0) / "train_het.sbatch").read_text()
+    script = (run.attempt_dir(0) / "job.sbatch").read_text()
     assert script.endswith(f"-u -m torchspec_hpc.slurm.supervisor --run-dir {run.root}\n")
 
     with pytest.raises(UserError, match=r"small exists\n  next:.*--resume"):
@@ -136,6 +136,21 @@ def test_prepare_run(tmp_path: Path) -> None:
     assert run.secret.read_text() == secret
 
 
+def test_the_code_is_frozen(tmp_path: Path) -> None:
+    """A queued job runs what was there when it was submitted, wherever it is started."""
+    run = prepare_run(small_config(tmp_path))
+    marked = run.code / "torchspec_hpc" / "__init__.py"
+    marked.write_text(marked.read_text() + "MARK = 1\n")
+    code = "import torchspec_hpc, torchspec_hpc.slurm.supervisor; print(torchspec_hpc.MARK)"
+    env = {**os.environ, "PYTHONPATH": str(run.code)}
+    python = [sys.executable, "-c", code]
+    done = subprocess.run(python, cwd=run.code, env=env, text=True, capture_output=True)
+    assert done.stdout == "1\n", done.stderr
+    prepare_run(small_config(tmp_path), resume=True)  # takes the code as it is then
+    assert "MARK" not in marked.read_text()
+    assert [path.name for path in run.root.glob(".code*")] == []
+
+
 def test_prepare_run_again_for_the_same_job(tmp_path: Path) -> None:
     config = small_config(tmp_path)
     run = prepare_run(config, job="12")
@@ -169,23 +184,6 @@ def test_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"no squeue on this machine\n.*login node"):
         submit(small_config(tmp_path / "runs"))
-
-
-def test_allocation_must_fit(tmp_path: Path) -> None:
-    environ = {
-        "SLURM_HET_SIZE": "2",
-        "SLURM_JOB_ID_HET_GROUP_0": "4",
-        "SLURM_JOB_PARTITION_HET_GROUP_0": "infer",
-        "SLURM_JOB_NODELIST_HET_GROUP_0": "infer0",
-        "SLURM_JOB_ID_HET_GROUP_1": "5",
-        "SLURM_JOB_PARTITION_HET_GROUP_1": "train",
-        "SLURM_JOB_NODELIST_HET_GROUP_1": "train[0-1]",
-    }
-    check_allocation(small_config(tmp_path), environ)
-    environ["SLURM_JOB_NODELIST_HET_GROUP_1"] = "train1"
-    message = "component 1 of the job has 1 nodes, training.training_num_nodes asks for 2"
-    with pytest.raises(ConfigError, match=message):
-        check_allocation(small_config(tmp_path), environ)
 
 
 def test_settings_that_a_script_of_ones_own_must_have_in_its_header(tmp_path: Path) -> None:

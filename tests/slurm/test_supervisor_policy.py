@@ -31,9 +31,9 @@ from torchspec_hpc.slurm.srun import own_ip
 from torchspec_hpc.slurm.steps import Step, worker_environment
 from torchspec_hpc.slurm.watch import last_logged_step, stop_grace_s, write_stop
 
-RULES = Rules(can_requeue=True, max_attempts=10)
+RULES = Rules(can_requeue=True, max_requeues=9)
 LOCAL = replace(RULES, can_requeue=False)
-LAST = replace(RULES, max_attempts=3)
+LAST = replace(RULES, max_requeues=2)
 
 
 def history(*steps: int) -> list[Attempt]:
@@ -52,12 +52,12 @@ def history(*steps: int) -> list[Attempt]:
         (85, (9, 9), RULES, True, "from step 9 on, without progress"),
         (85, (0, 9, 9, 9), RULES, True, "without progress"),
         (85, (0, 9, 9, 9, 9), RULES, False, "3 attempts in a row made no checkpoint"),
-        (85, (0, 1, 2, 3), LAST, False, "slurm.max_attempts"),
+        (85, (0, 1, 2, 3), LAST, False, "slurm.max_requeues"),
         (1, (0, 9), RULES, True, "from step 9 on"),
         (137, (4, 9), RULES, True, "from step 9 on"),
         (1, (0, 0), RULES, False, "without progress since step 0"),
         (7, (0, 9, 9), RULES, False, "without progress since step 9"),
-        (1, (0, 1, 2, 3), LAST, False, "slurm.max_attempts"),
+        (1, (0, 1, 2, 3), LAST, False, "slurm.max_requeues"),
     ],
 )
 def test_the_policy(

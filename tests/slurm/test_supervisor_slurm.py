@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from tests.slurm.cluster import Cluster, Layout
 from tests.slurm.fake_workers.plan import Plan
 from tests.slurm.supervised import ROOT, Run, make_run
+from torchspec_hpc.slurm.prepare import RunRecord
 from torchspec_hpc.slurm.render import render_script
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
@@ -34,9 +36,10 @@ def patient(cluster: Cluster) -> Iterator[Cluster]:
 
 
 def submit(cluster: Cluster, run: Run) -> str:
-    script = run.dir.job / "script.sbatch"
+    script = run.dir.script(0)
+    script.parent.mkdir(exist_ok=True)
     script.write_text(render_script(run.config, run.dir, command=run.command))
-    return cluster.sbatch(script, cwd=ROOT)
+    return cluster.sbatch(f"--export=ALL,PYTHONPATH={ROOT}", script)
 
 
 def finish(cluster: Cluster, job: str, run: Run, state: str = "COMPLETED") -> None:
@@ -122,3 +125,65 @@ def test_engines_that_cannot_start_end_the_job(patient: Cluster, tmp_path: Path)
     finish(patient, job, run, "FAILED")
     assert patient.exit_code(job) == 2
     assert "there is no model in /nowhere" in run.outcome()["message"]
+
+
+@pytest.mark.parametrize("topology", ["single", "one_node"])
+def test_one_allocation_for_both_groups(patient: Cluster, tmp_path: Path, topology: str) -> None:
+    """On nodes, or on GPUs, of its own each; the warning requeues it like any other job."""
+    group = {**GROUP, "partition": "infer"}
+    slurm = {**SLURM, "topology": topology, "inference": group, "training": group}
+    sizes = {
+        "inference": {"inference_num_gpus": 2, "inference_num_gpus_per_node": 2},
+        "training": {"training_num_gpus_per_node": 2},
+    }
+    plan = Plan(num_steps=40, step_s=0.1)
+    run = make_run(tmp_path / "r", plan, cluster="slurm", slurm=slurm, **sizes)
+    job = submit(patient, run)
+    run.wait_step(3)
+    patient.warn(job)
+    patient.wait_restart(job, 1)
+    finish(patient, job, run)
+    assert run.steps() == list(range(1, 41))
+    log = (run.dir.latest_logs / "training_step.log").read_text()
+    trainer = "infer1" if topology == "single" else "infer0"
+    assert list(run.dir.latest_logs.glob(f"training/{trainer}/*.log"))
+    if topology == "one_node":
+        assert devices(run, "inference") == {"0,1"}
+        assert devices(run, "training") == {"2,3"}, log
+
+
+def test_a_chain_of_jobs_goes_on_where_requeueing_is_forbidden(
+    patient: Cluster, tmp_path: Path
+) -> None:
+    slurm = {**SLURM, "resume": "chain"}
+    run = make_run(tmp_path / "r", Plan(num_steps=40, step_s=0.1), cluster="slurm", slurm=slurm)
+    job = submit(patient, run)
+    run.wait_step(3)
+    patient.warn(job)
+    finish(patient, job, run, "FAILED")
+    assert patient.exit_code(job) == 85
+    follower = RunRecord.read(run.dir).job_id
+    assert follower != job
+    finish(patient, follower, run)
+    assert run.steps() == list(range(1, 41))
+
+
+def test_a_second_job_does_not_touch_the_run(patient: Cluster, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r", Plan(num_steps=10_000), cluster="slurm", slurm=SLURM)
+    job = submit(patient, run)
+    run.wait_step(3)
+    second = submit(patient, run)
+    assert patient.wait_state(second)["JobState"] == "FAILED"
+    assert patient.exit_code(second) == 2
+    assert f"is written to by job {job} on " in run.dir.batch_log(second).read_text()
+    assert not run.dir.exit_codes.exists()
+    assert patient.state(job) == "RUNNING"
+    patient.cancel(job)
+    finish(patient, job, run, "CANCELLED")
+    assert not run.dir.lock.exists()
+
+
+def devices(run: Run, role: str) -> set[str]:
+    """What the workers of a group found in ``CUDA_VISIBLE_DEVICES``."""
+    logs = run.dir.latest_logs.glob(f"{role}/*/*.log")
+    return set(re.findall(r"CUDA_VISIBLE_DEVICES=(\S*)", "".join(p.read_text() for p in logs)))

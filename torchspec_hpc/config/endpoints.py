@@ -88,6 +88,11 @@ def split_endpoint(endpoint: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def join_endpoint(host: str, port: int) -> str:
+    """``host:port``, which :func:`split_endpoint` takes apart; an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def create_secret(run: RunDir) -> bytes:
     """The run's shared secret, made by its first attempt; readable by its owner only."""
     if not run.secret.exists():

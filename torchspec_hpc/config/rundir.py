@@ -39,11 +39,14 @@ class RunDir:
         self.export = self.root / "export"
         self.evaluation = self.root / "evaluation.json"
         self.job = self.root / "job"
+        self.code = self.root / "code"  # this package as it was when the job was submitted
         # control: small files, written whole and renamed into place
         self.control = self.root / "control"
         self.secret = self.control / "secret"
         self.endpoints = self.control / "endpoints.json"
+        self.lock = self.control / "lock"  # who writes to this directory
         self.stop = self.control / "stop"
+        self.cancelled = self.control / "cancelled"  # a person does not want it to go on
         self.done = self.control / "done"
         self.errors = self.control / "errors"
         self.exit_codes = self.control / "exit_codes.json"
@@ -54,6 +57,15 @@ class RunDir:
     def attempt_dir(self, attempt: int) -> Path:
         """Rendered script and header of one attempt."""
         return self.job / f"attempt_{attempt}"
+
+    def script(self, attempt: int) -> Path:
+        """The batch script of the job whose first attempt this is."""
+        return self.attempt_dir(attempt) / "job.sbatch"
+
+    def newest_script(self) -> Path:
+        """The batch script of the newest job."""
+        folders = self.job.glob("attempt_*")
+        return self.script(max(int(folder.name.removeprefix("attempt_")) for folder in folders))
 
     def batch_log(self, job_id: str = "%j") -> Path:
         """What the batch script prints, in all attempts of one job."""

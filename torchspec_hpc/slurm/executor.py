@@ -81,7 +81,7 @@ class HetJobPaths(JobPaths):
     @property
     def submission_file(self) -> Path:
         """The rendered batch script."""
-        return self.folder / "train_het.sbatch"
+        return self.folder / "job.sbatch"
 
     @property
     def stdout(self) -> Path:

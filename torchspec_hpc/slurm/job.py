@@ -1,18 +1,21 @@
-"""This Slurm job seen from inside: what becomes of it, and how it goes back into the queue."""
+"""This Slurm job seen from inside: what becomes of it, and how its run goes on."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from enum import Enum
+from pathlib import Path
 
 from torchspec_hpc.slurm.scheduler import (
     BACK_OFF_S,
     JobInfo,
+    NoSlurmClient,
     SchedulerError,
     insist,
     job_info,
     run_client,
+    sbatch_command,
 )
 
 logger = logging.getLogger(__name__)
@@ -79,7 +82,7 @@ class Job:
         """What becomes of the job; UNKNOWN where Slurm does not answer."""
         try:
             return insist(self._ask_fate, self._back_off_s)
-        except SchedulerError as error:
+        except (SchedulerError, NoSlurmClient) as error:
             logger.error("%s", error)
             return JobFate.UNKNOWN
 
@@ -94,6 +97,7 @@ class Job:
 
         Raises:
             SchedulerError: Slurm refuses, or does not answer.
+            NoSlurmClient: This node has no ``scontrol``.
         """
         insist(self._ask_requeue, self._back_off_s)
         for component in range(self._num_components):
@@ -108,3 +112,25 @@ class Job:
         done = run_client(["scontrol", "requeue", self.job_id])
         if done.returncode:
             raise SchedulerError(f"Slurm does not requeue this job: {done.stderr.strip()}")
+
+    def chain(self, script: Path) -> str:
+        """Submits a job that starts when this one has ended, however that happens.
+
+        Args:
+            script: Its batch script.
+
+        Returns:
+            Its id.
+
+        Raises:
+            SchedulerError: Slurm refuses, or does not answer.
+        """
+        command = sbatch_command("--parsable", f"--dependency=afterany:{self.job_id}", str(script))
+
+        def ask() -> str:
+            done = run_client(command)
+            if done.returncode:
+                raise SchedulerError(f"Slurm takes no job from this node: {done.stderr.strip()}")
+            return done.stdout.strip().split(";")[0]
+
+        return insist(ask, self._back_off_s)

@@ -21,6 +21,7 @@ from torchspec_hpc.slurm.steps import (
     INFERENCE,
     TRAINING,
     Modules,
+    ServiceRuntime,
     Step,
     engine_shepherd_options,
     trainer_shepherd_options,
@@ -71,6 +72,7 @@ class LocalLauncher:
                 hint="use cluster: slurm for more nodes",
             )
         self._run, self._config, self.modules = run, config, modules
+        self.services = ServiceRuntime()
         self.job_id: str | None = None
         self.can_requeue = False
         # a shell inside a Slurm allocation must not make the workers believe to be tasks of it

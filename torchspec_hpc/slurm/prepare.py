@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,13 +27,14 @@ from torchspec_hpc.errors import (
     exit_code_of,
 )
 from torchspec_hpc.observe.provenance import provenance
-from torchspec_hpc.slurm.env import INFERENCE_GROUP, TRAINING_GROUP, job_id, read_het_groups
+from torchspec_hpc.slurm.env import job_id, read_nodes
 from torchspec_hpc.slurm.inputs import check_inputs
 from torchspec_hpc.slurm.scheduler import find_jobs, job_info
+from torchspec_hpc.slurm.snapshot import snapshot_code
 
 #: Keys of ``slurm`` that count in a script of one's own too; the others become its header.
 _READ_IN_THE_JOB = {
-    *("requeue", "max_attempts", "network_interface", "python"),
+    *("topology", "resume", "max_requeues", "network_interface", "runtime", "python"),
     *("cpus_per_task", "gpus", "gpu_type"),  # of a group: for the steps
 }
 
@@ -91,6 +92,9 @@ def prepare_run(config: Config, *, resume: bool = False, job: str | None = None)
     check_run(run, resume=resume)
     check_inputs(config)
     run.create()
+    if config.cluster == "slurm":
+        snapshot_code(run)
+    run.cancelled.unlink(missing_ok=True)
     save_config(config, run.config)
     create_secret(run)
     write_atomic(run.provenance, {"starts": [*_earlier_starts(run), provenance()]})
@@ -142,26 +146,6 @@ def check_not_queued(run: RunDir, *, own_job: str | None = None) -> None:
         )
 
 
-def check_allocation(config: Config, environ: Mapping[str, str]) -> None:
-    """Compares the nodes of the job with those that the configuration asks for.
-
-    Raises:
-        ConfigError: They differ.
-    """
-    groups = read_het_groups(environ)
-    wanted = {
-        INFERENCE_GROUP: ("inference.inference_num_gpus", config.inference.num_nodes),
-        TRAINING_GROUP: ("training.training_num_nodes", config.training.training_num_nodes),
-    }
-    for index, (key, num_nodes) in wanted.items():
-        found = groups[index].num_nodes if index < len(groups) else 0
-        if found != num_nodes:
-            raise ConfigError(
-                f"component {index} of the job has {found} nodes, {key} asks for {num_nodes}",
-                hint="change --nodes in the script's header, or the configuration",
-            )
-
-
 def header_settings(slurm: SlurmConfig) -> list[str]:
     """Keys that are set and that only a rendered header would carry out."""
     given = slurm.model_dump(exclude_defaults=True)
@@ -193,7 +177,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = f"{os.environ.get('SLURM_JOB_NAME', 'run')}-{job}"
         overrides = [f"run_name={name}", *options.overrides, "cluster=slurm"]
         config = load_config(options.config, overrides)
-        check_allocation(config, os.environ)
+        read_nodes(os.environ, config)
+        if config.slurm.resume == "chain":
+            raise ConfigError(
+                "slurm.resume is chain, and this script was not rendered",
+                allowed="requeue or none in a script of your own",
+                hint="torchspec-hpc submit, or slurm.resume=none",
+            )
         if ignored := header_settings(config.slurm):
             sys.stderr.write(
                 f"warning: {', '.join(ignored)}: no effect here; set them in the script's header\n"

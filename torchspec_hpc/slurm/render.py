@@ -1,24 +1,26 @@
-"""The batch script of a run: one heterogeneous job, two components, one command.
+"""The batch script of a run: one job, two groups, one command.
 
-Component 0 runs the engines, component 1 the trainers.  The script itself runs on the first
-node of component 0 and turns into the supervisor, which starts the steps of both groups.
+The script runs on the first node of the engines and turns into the supervisor, which starts the
+steps of both groups.
 """
 
 from __future__ import annotations
 
 import re
 import shlex
-import sys
 from collections.abc import Sequence
 
 from torchspec_hpc.config.rundir import RunDir
 from torchspec_hpc.config.schema import Config
 from torchspec_hpc.config.slurm_schema import SlurmConfig, SlurmGroupConfig
 from torchspec_hpc.errors import ConfigError
+from torchspec_hpc.slurm.runtime import Runtime
+from torchspec_hpc.slurm.shape import Component, components
 
 #: The supervisor stops the trainers at this signal, ``slurm.signal_before_s`` before the limit.
 WARNING_SIGNAL = "USR1"
 
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 # sbatch reads #SBATCH lines by rules of its own, in which a backslash counts inside quotes too
 _UNQUOTABLE = re.compile(r"[\x00-\x1f\x7f'\"\\]")
@@ -26,7 +28,7 @@ _UNQUOTABLE = re.compile(r"[\x00-\x1f\x7f'\"\\]")
 
 def supervisor_command(config: Config, run: RunDir) -> list[str]:
     """What the batch script turns into."""
-    python = config.slurm.python or sys.executable
+    python = Runtime(config, run).node_python
     return [python, "-u", "-m", "torchspec_hpc.slurm.supervisor", "--run-dir", str(run.root)]
 
 
@@ -39,10 +41,11 @@ def render_script(config: Config, run: RunDir, command: Sequence[str] | None = N
         command: What to run instead of the supervisor.
 
     Raises:
-        ConfigError: A setting cannot be written into a script, or memory is stated for one
-            component only.
+        ConfigError: A setting cannot be written into a script, memory is stated for one
+            component only, or the groups do not fit on one node and are to share it.
     """
-    slurm, inference, training = config.slurm, config.inference, config.training
+    slurm = config.slurm
+    first, *others = components(config)
     if (slurm.inference.mem is None) != (slurm.training.mem is None):
         raise ConfigError(
             "slurm.inference.mem and slurm.training.mem: only one is set",
@@ -50,23 +53,24 @@ def render_script(config: Config, run: RunDir, command: Sequence[str] | None = N
         )
     lines = [
         "#!/bin/bash",
-        f"# Run {run.run_id}. Component 0, inference: this script runs on its first node.",
+        f"# Run {run.run_id}. {first.title}",
         *_job_options(slurm, run),
-        *_component(slurm, slurm.inference, inference.num_nodes, inference.engines_per_node),
-        *_gpus(slurm.inference, inference.num_gpus_per_node),
-        *_extra(slurm.inference),
-        "#SBATCH hetjob",
-        "# Component 1, training: one torchrun per node.",
-        *_component(slurm, slurm.training, training.training_num_nodes, tasks_per_node=1),
-        *_gpus(slurm.training, training.training_num_gpus_per_node),
-        *_extra(slurm.training),
+        *_component(slurm, first),
+    ]
+    for component in others:
+        lines += ["#SBATCH hetjob", f"# {component.title}", *_component(slurm, component)]
+    lines += [
         "",
         "set -euo pipefail",
         "",
-        "# what component 0 asked for would otherwise hold for every srun, component 1's too",
+        "# what the job asked for would otherwise hold for every srun, of whatever group",
         "unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU SLURM_MEM_PER_NODE",
         "",
-        *_setup(slurm),
+        *_setup(config, run),
+        "# the code as it was when the job was submitted",
+        f"cd {shlex.quote(str(run.code))}",
+        'export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"',
+        "",
         f"exec {shlex.join(command or supervisor_command(config, run))}",
     ]
     return "\n".join(lines) + "\n"
@@ -82,25 +86,25 @@ def _job_options(slurm: SlurmConfig, run: RunDir) -> list[str]:
         "#SBATCH --open-mode=append",  # otherwise a requeued job empties the file
         _option("time", slurm.time),
         _option("signal", f"B:{WARNING_SIGNAL}@{slurm.signal_before_s}"),
-        "#SBATCH --requeue" if slurm.requeue else "#SBATCH --no-requeue",
+        "#SBATCH --requeue" if slurm.resume == "requeue" else "#SBATCH --no-requeue",
     ]
 
 
-def _component(
-    slurm: SlurmConfig, group: SlurmGroupConfig, num_nodes: int, tasks_per_node: int
-) -> list[str]:
+def _component(slurm: SlurmConfig, component: Component) -> list[str]:
+    options = component.options
     values = {
         "account": slurm.account,
         "qos": slurm.qos,
         "reservation": slurm.reservation,
-        "partition": group.partition,
-        "constraint": group.constraint,
-        "nodes": num_nodes,
-        "ntasks-per-node": tasks_per_node,
-        "cpus-per-task": group.cpus_per_task,
-        "mem": group.mem,
+        "partition": options.partition,
+        "constraint": options.constraint,
+        "nodes": component.num_nodes,
+        "ntasks-per-node": component.tasks_per_node,
+        "cpus-per-task": component.cpus_per_task,
+        "mem": options.mem,
     }
-    return [_option(name, value) for name, value in values.items() if value is not None]
+    lines = [_option(name, value) for name, value in values.items() if value is not None]
+    return [*lines, *_gpus(options, component.gpus_per_node), *_extra(options)]
 
 
 def _gpus(group: SlurmGroupConfig, num_per_node: int) -> list[str]:
@@ -124,17 +128,31 @@ def _extra(group: SlurmGroupConfig) -> list[str]:
     return [f"#SBATCH {option}" for option in group.extra]
 
 
-def _setup(slurm: SlurmConfig) -> list[str]:
-    """The user's own shell lines; scripts of modules and conda often read unset variables."""
-    if not slurm.setup:
-        return []
+def _setup(config: Config, run: RunDir) -> list[str]:
+    """The user's own lines; scripts of modules and conda often read unset variables."""
+    slurm = config.slurm
     for line in slurm.setup:
         if line.lstrip().startswith("#SBATCH"):
             raise ConfigError(
                 f"slurm.setup has {line!r}, which sbatch would ignore",
                 hint="put sbatch options into slurm.inference.extra or slurm.training.extra",
             )
-    return ["# slurm.setup", "set +u", *slurm.setup, "set -u", ""]
+    lines = [*slurm.setup, *Runtime(config, run).script_lines]
+    if lines:
+        lines = ["# slurm.setup and slurm.runtime", "set +u", *lines, "set -u", ""]
+    if slurm.environment:
+        lines += ["# slurm.environment", *map(_export, slurm.environment.items()), ""]
+    return lines
+
+
+def _export(variable: tuple[str, str]) -> str:
+    name, value = variable
+    if not _VARIABLE.fullmatch(name) or _CONTROL.search(value):
+        raise ConfigError(
+            f"slurm.environment: {name}={value!r} cannot be written into a batch script",
+            allowed="names of letters, digits and _; values of one line",
+        )
+    return f"export {name}={shlex.quote(value)}"
 
 
 def _option(name: str, value: object) -> str:

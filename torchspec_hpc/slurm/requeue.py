@@ -33,12 +33,12 @@ class Rules:
     """What limits requeues.
 
     Attributes:
-        can_requeue: The run is a Slurm job and ``slurm.requeue`` allows it.
-        max_attempts: Of the whole run, crashes included.
+        can_requeue: The run is a Slurm job and ``slurm.resume`` is not ``none``.
+        max_requeues: Of the whole run, those after crashes included.
     """
 
     can_requeue: bool
-    max_attempts: int
+    max_requeues: int
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def decide(ending: Ending, history: Sequence[Attempt], rules: Rules) -> Verdict:
         return Verdict(False, "an error that only its user can mend is not tried again")
     if not rules.can_requeue:
         return Verdict(False, "this run does not requeue itself")
-    if len(history) >= rules.max_attempts:
-        return Verdict(False, f"{len(history)} attempts were made (slurm.max_attempts)")
+    if len(history) > rules.max_requeues:
+        return Verdict(False, f"{len(history) - 1} requeues were made (slurm.max_requeues)")
     last, recent = history[-1], history[-MAX_IDLE_ATTEMPTS:]
     if last.made_progress:
         return Verdict(True, f"from step {last.last_step} on")

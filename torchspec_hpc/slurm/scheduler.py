@@ -40,6 +40,10 @@ class SchedulerError(TorchspecError):
     """Slurm did not answer."""
 
 
+class NoSlurmClient(UserError):
+    """One of Slurm's programs is not installed here."""
+
+
 @dataclass(frozen=True)
 class JobInfo:
     """State of one job; of a het job, that of its leader.
@@ -172,7 +176,7 @@ def run_client(argv: Sequence[str], stdin: str | None = None) -> subprocess.Comp
     """Runs one of Slurm's client programs, whatever its exit code.
 
     Raises:
-        UserError: It is not installed.
+        NoSlurmClient: It is not installed.
         SchedulerError: It did not end.
     """
     try:
@@ -180,7 +184,7 @@ def run_client(argv: Sequence[str], stdin: str | None = None) -> subprocess.Comp
             argv, input=stdin, text=True, capture_output=True, timeout=_CLIENT_S, check=False
         )
     except FileNotFoundError as error:
-        raise UserError(
+        raise NoSlurmClient(
             f"there is no {error.filename} on this machine", hint="run this on a login node"
         ) from error
     except subprocess.TimeoutExpired as error:
@@ -228,10 +232,13 @@ def _squeue(job_ids: Sequence[str]) -> dict[str, JobInfo]:
 
 
 def _sacct(job_ids: Sequence[str]) -> dict[str, JobInfo]:
-    done = run_client(
-        ["sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={','.join(job_ids)}",
-         f"--format={','.join(_SACCT_FIELDS)}"]
-    )  # fmt: skip
+    try:
+        done = run_client(
+            ["sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={','.join(job_ids)}",
+             f"--format={','.join(_SACCT_FIELDS)}"]
+        )  # fmt: skip
+    except NoSlurmClient:
+        return {}
     if done.returncode:  # "Slurm accounting storage is disabled" is the usual reason
         logger.debug("sacct failed: %s", done.stderr.strip())
     return parse_sacct(done.stdout)

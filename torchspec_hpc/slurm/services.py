@@ -13,17 +13,18 @@ import re
 import shutil
 import signal
 import socket
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 
+from torchspec_hpc.config.endpoints import join_endpoint
 from torchspec_hpc.config.schema import Config
 from torchspec_hpc.config.transfer_schema import ControlConfig, MooncakeConfig
 from torchspec_hpc.errors import DeadlineExceeded, TorchspecError, UserError
 from torchspec_hpc.slurm.ports import free_port, require_bindable
 from torchspec_hpc.slurm.processes import Child, shepherded, tail
+from torchspec_hpc.slurm.steps import ServiceRuntime
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +44,16 @@ class Service(ABC):
         port: Port to bind; 0 takes a free one.
         port_key: The setting that gave the port, for errors.
         log: Its log file.
+        runtime: What it runs in.
     """
 
     name: str
 
-    def __init__(self, host: str, port: int, port_key: str, log: Path) -> None:
+    def __init__(
+        self, host: str, port: int, port_key: str, log: Path, runtime: ServiceRuntime
+    ) -> None:
         self._host, self._port, self._port_key, self.log = host, port, port_key, log
+        self._runtime = runtime
         self._child: Child | None = None
         self._num_starts = 0
         self.endpoint: str | None = None
@@ -69,7 +74,8 @@ class Service(ABC):
         """
         require_bindable(self._host, self._port, self._port_key)
         self._num_starts += 1
-        argv = shepherded(self._command(self._port or free_port(self._host)))
+        command = self._command(self._port or free_port(self._host))
+        argv = shepherded(self._runtime.enter(command))
         self._child = Child(argv, self.log, os.environ)
 
     def wait_ready(self, deadline_s: float, check: Callable[[], object]) -> str:
@@ -133,17 +139,22 @@ class MooncakeMaster(Service):
 
     name = "Mooncake master"
 
-    def __init__(self, host: str, config: MooncakeConfig, logs: Path) -> None:
-        super().__init__(
-            host, config.master_port, "mooncake.master_port", logs / "mooncake_master.log"
-        )
+    def __init__(
+        self,
+        host: str,
+        config: MooncakeConfig,
+        logs: Path,
+        runtime: ServiceRuntime = ServiceRuntime(),  # noqa: B008 - frozen
+    ) -> None:
+        log = logs / "mooncake_master.log"
+        super().__init__(host, config.master_port, "mooncake.master_port", log, runtime)
         self._lease_ms = int(config.kv_lease_ttl_s * 1000)
         self._ports = (0, 0)
 
     def _command(self, port: int) -> list[str]:
         self._ports = (port, free_port(self._host))
         return [
-            _mooncake_program(),
+            _mooncake_program(self._runtime),
             f"--rpc_address={self._host}",
             f"--rpc_port={self._ports[0]}",
             f"--metrics_host={self._host}",
@@ -163,7 +174,7 @@ class MooncakeMaster(Service):
             return None
         finally:
             connection.close()
-        return f"{self._host}:{rpc}" if healthy else None
+        return join_endpoint(self._host, rpc) if healthy else None
 
 
 class ControlStore(Service):
@@ -171,8 +182,15 @@ class ControlStore(Service):
 
     name = "control store"
 
-    def __init__(self, host: str, config: ControlConfig, logs: Path, module: str) -> None:
-        super().__init__(host, config.port, "control.port", logs / "control_store.log")
+    def __init__(
+        self,
+        host: str,
+        config: ControlConfig,
+        logs: Path,
+        module: str,
+        runtime: ServiceRuntime = ServiceRuntime(),  # noqa: B008 - frozen
+    ) -> None:
+        super().__init__(host, config.port, "control.port", logs / "control_store.log", runtime)
         self._module = module
 
     def start(self) -> None:
@@ -181,7 +199,8 @@ class ControlStore(Service):
         super().start()
 
     def _command(self, port: int) -> list[str]:
-        return [sys.executable, "-m", self._module, "--host", self._host, "--port", str(port)]
+        python = self._runtime.python
+        return [python, "-m", self._module, "--host", self._host, "--port", str(port)]
 
     def _answers(self) -> str | None:
         text = self.log.read_text(encoding="utf-8", errors="replace")
@@ -197,11 +216,19 @@ class Services:
         host: Address of this node.
         logs: Where their logs go.
         control_module: What runs as the control store.
+        runtime: What both run in.
     """
 
-    def __init__(self, config: Config, host: str, logs: Path, control_module: str) -> None:
-        self.mooncake = MooncakeMaster(host, config.mooncake, logs)
-        self.control = ControlStore(host, config.control, logs, control_module)
+    def __init__(
+        self,
+        config: Config,
+        host: str,
+        logs: Path,
+        control_module: str,
+        runtime: ServiceRuntime = ServiceRuntime(),  # noqa: B008 - frozen
+    ) -> None:
+        self.mooncake = MooncakeMaster(host, config.mooncake, logs, runtime)
+        self.control = ControlStore(host, config.control, logs, control_module, runtime)
         self._ready_s = config.control.service_ready_s
 
     def start(self, check: Callable[[], object]) -> None:
@@ -235,12 +262,14 @@ class Services:
         self.control.stop()
 
 
-def _mooncake_program() -> str:
-    beside = Path(sys.executable).with_name("mooncake_master")
+def _mooncake_program(runtime: ServiceRuntime) -> str:
+    if runtime.in_container:
+        return "mooncake_master"
+    beside = Path(runtime.python).with_name("mooncake_master")
     program = str(beside) if beside.is_file() else shutil.which("mooncake_master")
     if program is None:
         raise UserError(
-            f"mooncake_master is installed neither beside {sys.executable} nor on the PATH",
+            f"mooncake_master is installed neither beside {runtime.python} nor on the PATH",
             hint="pip install mooncake-transfer-engine (or -non-cuda), see tools/setup_env.sh",
         )
     return program

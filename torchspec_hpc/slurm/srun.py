@@ -1,4 +1,4 @@
-"""The steps of a heterogeneous job: how ``srun`` starts them."""
+"""The steps of a Slurm job: how ``srun`` starts them."""
 
 from __future__ import annotations
 
@@ -6,28 +6,23 @@ import logging
 import secrets
 import signal
 import socket
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from torchspec_hpc.config.rundir import RunDir
 from torchspec_hpc.config.schema import Config
-from torchspec_hpc.config.slurm_schema import SlurmGroupConfig
 from torchspec_hpc.errors import TorchspecError
-from torchspec_hpc.slurm.env import (
-    INFERENCE_GROUP,
-    TRAINING_GROUP,
-    attempt,
-    job_id,
-    node_addresses,
-    read_het_groups,
-)
+from torchspec_hpc.slurm.env import attempt, job_id, node_addresses, read_nodes
 from torchspec_hpc.slurm.job import Job, JobFate
+from torchspec_hpc.slurm.prepare import RunRecord
 from torchspec_hpc.slurm.processes import Child, shepherded
+from torchspec_hpc.slurm.runtime import Runtime
+from torchspec_hpc.slurm.shape import Group, components, inference_group, training_group
 from torchspec_hpc.slurm.steps import (
     INFERENCE,
     TRAINING,
     Modules,
+    ServiceRuntime,
     Step,
     engine_shepherd_options,
     trainer_shepherd_options,
@@ -50,7 +45,7 @@ _OF_COMPONENT_0 = (
 
 
 class SlurmLauncher:
-    """Starts the steps of a heterogeneous job; this process is its batch script.
+    """Starts the steps of both groups; this process is the job's batch script.
 
     Args:
         run: The run.
@@ -67,62 +62,63 @@ class SlurmLauncher:
         modules: Modules = Modules(),  # noqa: B008 - frozen
     ) -> None:
         self._run, self._config, self.modules = run, config, modules
-        self._python = config.slurm.python or sys.executable
+        self._runtime = Runtime(config, run)
+        self._python = self._runtime.worker_python
         self._environ = {k: v for k, v in environ.items() if not k.startswith(_OF_COMPONENT_0)}
-        groups = read_het_groups(environ)
-        self._trainer_node = groups[TRAINING_GROUP].nodes[0]
-        self.addresses = node_addresses(node for group in groups for node in group.nodes)
-        here = groups[INFERENCE_GROUP].nodes[0]
+        self._nodes = nodes = read_nodes(environ, config)
+        self.addresses = node_addresses(dict.fromkeys(nodes.inference + nodes.training))
+        here = nodes.inference[0]
         self.host = self.addresses[here] = config.control.host or own_ip(self.addresses[here])
+        here_only = [*self._placement(INFERENCE), f"--nodelist={here}"]
+        self.services = ServiceRuntime(
+            python=self._python,
+            in_container=config.slurm.runtime.is_container,
+            enter=lambda command: self._runtime.service(command, here_only),
+        )
         self.job_id: str | None = job_id(environ)
-        self.can_requeue = config.slurm.requeue
-        self._job = Job(self.job_id, attempt(environ), len(groups))
+        self.can_requeue = config.slurm.resume != "none"
+        self._job = Job(self.job_id, attempt(environ), len(components(config)))
 
     def start_inference(self, logs: Path) -> Step:
         """One task an engine; the step lasts as long as one of them does."""
         if "HF_HUB_OFFLINE" not in self._environ:
             logger.info("workers use cached files of the Hugging Face hub only (HF_HUB_OFFLINE=1)")
-        inference, group = self._config.inference, self._config.slurm.inference
+        group = inference_group(self._config)
         options = [
-            f"--het-group={INFERENCE_GROUP}",
-            f"--nodes={inference.num_nodes}",
-            f"--ntasks={inference.num_engines}",
-            f"--ntasks-per-node={inference.engines_per_node}",
+            *self._resources(INFERENCE, group),
             "--distribution=block",  # engines choose their GPUs by rank
-            *_resources(group, inference.num_gpus_per_node),
             "--kill-on-bad-exit=0",
             "--wait=0",  # nor does the end of one end the others after a while
             "--disable-status",  # forward the first SIGINT to the engines
         ]
-        engine = self.modules.engine_command(self._run, self._python)
         command = shepherded(
-            engine, *engine_shepherd_options(self._run, self._config.control), python=self._python
+            self._runtime.enter(self.modules.engine_command(self._run, self._python)),
+            *engine_shepherd_options(self._run, self._config.control),
+            python=self._runtime.shepherd_python,
         )
-        threads = inference.num_threads or group.cpus_per_task
+        threads = self._config.inference.num_threads or group.options.cpus_per_task
         return self._srun(INFERENCE, options, command, threads, logs)
 
     def start_training(self, logs: Path) -> Step:
         """One task a node: torchrun."""
-        training, group = self._config.training, self._config.slurm.training
-        num_nodes, per_node = training.training_num_nodes, training.training_num_gpus_per_node
+        training, group = self._config.training, training_group(self._config)
         options = [
-            f"--het-group={TRAINING_GROUP}",
-            f"--nodes={num_nodes}",
-            f"--ntasks={num_nodes}",
-            "--ntasks-per-node=1",
-            *_resources(group, per_node),
+            *self._resources(TRAINING, group),
             # with kill-on-bad-exit a node that says "requeue me" would kill one that is
             # about to, and srun would say 143
             "--kill-on-bad-exit=0",
             f"--wait={_SRUN_WAIT_S}",
         ]
-        address, port = self.addresses[self._trainer_node], secrets.choice(_RENDEZVOUS_PORTS)
-        command = shepherded(
-            self.modules.trainer_command(self._run, training, self._python, address, port),
-            *trainer_shepherd_options(self._run),
-            python=self._python,
+        address = self.addresses[self._nodes.training[0]]
+        trainer = self.modules.trainer_command(
+            self._run, training, self._python, address, secrets.choice(_RENDEZVOUS_PORTS)
         )
-        threads = training.num_threads or max(1, group.cpus_per_task // per_node)
+        command = shepherded(
+            self._runtime.enter(trainer),
+            *trainer_shepherd_options(self._run),
+            python=self._runtime.shepherd_python,
+        )
+        threads = training.num_threads or max(1, group.options.cpus_per_task // group.gpus_per_node)
         return self._srun(TRAINING, options, command, threads, logs)
 
     def fate(self) -> JobFate:
@@ -130,12 +126,17 @@ class SlurmLauncher:
         return self._job.fate()
 
     def requeue(self) -> None:
-        """Puts the job back into the queue.
+        """Puts the job back into the queue, or submits the one that goes on.
 
         Raises:
             TorchspecError: Slurm refuses.
         """
-        self._job.requeue()
+        if self._config.slurm.resume == "requeue":
+            self._job.requeue()
+            return
+        follower = self._job.chain(self._run.newest_script())
+        RunRecord(self._run.run_id, self._config.cluster, follower).write(self._run)
+        logger.info("job %s goes on when this one has ended", follower)
 
     def how_to_continue(self) -> str:
         """What a person does to go on with this run."""
@@ -144,10 +145,39 @@ class SlurmLauncher:
     def _srun(
         self, name: str, options: list[str], command: list[str], num_threads: int, logs: Path
     ) -> Step:
-        argv = ["srun", *options, "--mem=0", "--unbuffered", "--label", "--export=ALL", *command]
+        options += [*self._runtime.srun_options, "--mem=0", "--unbuffered", "--label"]
+        argv = ["srun", *options, "--export=ALL", *command]
         env = worker_environment(self._config, self._environ, num_threads)
         # SIGTERM makes srun kill its tasks
         return Step(name, [Child(argv, logs / f"{name}_step.log", env)], signal.SIGTERM)
+
+    def _placement(self, name: str) -> list[str]:
+        """Which nodes of the job are the group's."""
+        match self._config.slurm.topology:
+            case "het":
+                return [f"--het-group={(INFERENCE, TRAINING).index(name)}"]
+            case "single":
+                return [f"--nodelist={','.join(getattr(self._nodes, name))}"]
+            case "one_node":
+                return ["--exact"]  # leave the other group its CPUs and GPUs
+
+    def _resources(self, name: str, group: Group) -> list[str]:
+        """Everything that a step needs, in the words that the job was asked for with."""
+        options = group.options
+        num = (
+            f"{options.gpu_type}:{group.gpus_per_node}"
+            if options.gpu_type
+            else str(group.gpus_per_node)
+        )
+        gpus = {"gres": [f"--gres=gpu:{num}"], "gpus-per-node": [f"--gpus-per-node={num}"]}
+        return [
+            *self._placement(name),
+            f"--nodes={group.num_nodes}",
+            f"--ntasks={group.num_tasks}",
+            f"--ntasks-per-node={group.tasks_per_node}",
+            f"--cpus-per-task={options.cpus_per_task}",
+            *gpus.get(options.gpus, []),
+        ]
 
 
 def own_ip(address: str) -> str:
@@ -170,10 +200,3 @@ def own_ip(address: str) -> str:
             "  next:    set control.host to its address in the cluster's network"
         )
     return str(found)
-
-
-def _resources(group: SlurmGroupConfig, num_gpus: int) -> list[str]:
-    """CPUs of a task and GPUs of a node, in the words that the job was asked for with."""
-    gpus = f"{group.gpu_type}:{num_gpus}" if group.gpu_type else str(num_gpus)
-    flags = {"gres": [f"--gres=gpu:{gpus}"], "gpus-per-node": [f"--gpus-per-node={gpus}"]}
-    return [f"--cpus-per-task={group.cpus_per_task}", *flags.get(group.gpus, [])]

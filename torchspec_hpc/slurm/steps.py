@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -59,10 +60,26 @@ class Step:
         return tail(self._children[0].log)
 
 
+@dataclass(frozen=True)
+class ServiceRuntime:
+    """What the services of this node run in.
+
+    Attributes:
+        python: Interpreter.
+        in_container: It is not one of this node.
+        enter: From a command to what starts it here.
+    """
+
+    python: str = sys.executable
+    in_container: bool = False
+    enter: Callable[[Sequence[str]], list[str]] = list
+
+
 class Launcher(Protocol):
-    """Where a run runs: in a heterogeneous Slurm job, or as processes of this machine."""
+    """Where a run runs: in a Slurm job, or as processes of this machine."""
 
     modules: Modules
+    services: ServiceRuntime
     #: Of the Slurm job.
     job_id: str | None
     #: Address of this node, for services to bind.
@@ -85,7 +102,7 @@ class Launcher(Protocol):
         ...
 
     def requeue(self) -> None:
-        """Puts the job back into the queue.
+        """Has the scheduler start the run again.
 
         Raises:
             TorchspecError: The scheduler refuses.

@@ -25,7 +25,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from torchspec_hpc.observe.logs import setup_logging
 from torchspec_hpc.slurm.attempts import Attempt, History
 from torchspec_hpc.slurm.failures import clear_failures
 from torchspec_hpc.slurm.job import JobFate
+from torchspec_hpc.slurm.lock import RunLocked, run_lock
 from torchspec_hpc.slurm.requeue import Ending, Rules, Verdict, decide
 from torchspec_hpc.slurm.services import Services
 from torchspec_hpc.slurm.signals import SignalInbox
@@ -74,7 +75,7 @@ class Supervisor:
 
     def __init__(self, run: RunDir, config: Config, launcher: Launcher) -> None:
         self._run, self._config, self._launcher = run, config, launcher
-        self._rules = Rules(launcher.can_requeue, config.slurm.max_attempts)
+        self._rules = Rules(launcher.can_requeue, config.slurm.max_requeues)
         self._inbox = SignalInbox()
         self._steps: dict[str, Step] = {}
         self._codes: dict[str, int | None] = {}
@@ -86,10 +87,11 @@ class Supervisor:
         """Runs the attempt and returns the exit code of this process.
 
         Raises:
+            RunLocked: Another attempt writes to this directory.
             UserError: The run directory cannot be written or holds a broken history.
         """
-        with self._inbox:
-            self._run.create()
+        self._run.create()
+        with self._inbox, run_lock(self._run, self._launcher.job_id):
             if self._run.done.exists():
                 logger.info("the run %s is complete", self._run.root)
                 return EXIT_DONE
@@ -114,7 +116,13 @@ class Supervisor:
 
     def _attempt(self, attempt: Attempt) -> Ending:
         logs, launcher = self._run.attempt_logs(attempt.number), self._launcher
-        services = Services(self._config, launcher.host, logs, launcher.modules.control_store)
+        services = Services(
+            self._config,
+            launcher.host,
+            logs,
+            launcher.modules.control_store,
+            launcher.services,
+        )
         try:
             ending = self._until_the_end(attempt, services, logs)
         except Interrupted as error:
@@ -230,6 +238,8 @@ class Supervisor:
         if self._requeued:
             return Verdict(False, "that was done when the time limit was reached")
         verdict = decide(ending, self._history.attempts, self._rules)
+        if verdict.requeue and self._run.cancelled.exists():
+            return Verdict(False, "the run was cancelled")
         if verdict.requeue:
             fate = self._launcher.fate()
             if fate is JobFate.UNKNOWN:
@@ -260,20 +270,26 @@ def _ending(error: TorchspecError) -> Ending:
     return Ending(exit_code_of(error), str(error))
 
 
+def supervise(run: RunDir, launch: Callable[[Config], Launcher]) -> int:
+    """Runs one attempt, and says in one message what kept it from being one."""
+    try:
+        config = load_config(run.config)
+        return Supervisor(run, config, launch(config)).run()
+    except TorchspecError as error:
+        ending = _ending(error)
+        sys.stderr.write(f"error: {ending.message}\n")
+        # what is there belongs to the attempt that holds the lock
+        if run.control.is_dir() and not isinstance(error, RunLocked):
+            _record(run, ending, {})
+        return ending.exit_code
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the batch script."""
     parser = argparse.ArgumentParser(description="Supervises one attempt of a run.")
     parser.add_argument("--run-dir", required=True, type=Path, help="the run's directory")
     run = RunDir(parser.parse_args(argv).run_dir)
-    try:
-        config = load_config(run.config)
-        return Supervisor(run, config, SlurmLauncher(run, config, os.environ)).run()
-    except TorchspecError as error:  # before there was an attempt
-        ending = _ending(error)
-        sys.stderr.write(f"error: {ending.message}\n")
-        if run.control.is_dir():
-            _record(run, ending, {})
-        return ending.exit_code
+    return supervise(run, lambda config: SlurmLauncher(run, config, os.environ))
 
 
 if __name__ == "__main__":

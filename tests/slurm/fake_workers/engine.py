@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import subprocess
@@ -15,6 +16,8 @@ from torchspec_hpc.config.rundir import RunDir, write_atomic
 from torchspec_hpc.errors import UserError
 from torchspec_hpc.observe.logs import report_error, setup_logging
 
+logger = logging.getLogger("torchspec_hpc.fake")
+
 
 def main() -> int:
     parser = argparse.ArgumentParser()
@@ -26,6 +29,7 @@ def main() -> int:
     plan = Plan.read(run)
     endpoints = Endpoints.read(run, 20)
     setup_logging("inference", rank, run, endpoints.attempt)
+    logger.info("CUDA_VISIBLE_DEVICES=%s", os.environ.get("CUDA_VISIBLE_DEVICES"))
     if plan.leave_orphan:
         orphan = [sys.executable, "-c", "import time; time.sleep(600)", str(run.root)]
         subprocess.Popen(orphan, start_new_session=True)

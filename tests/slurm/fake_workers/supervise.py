@@ -10,7 +10,7 @@ from torchspec_hpc.config import RunDir, load_config
 from torchspec_hpc.slurm.local import LocalLauncher
 from torchspec_hpc.slurm.srun import SlurmLauncher
 from torchspec_hpc.slurm.steps import Modules
-from torchspec_hpc.slurm.supervisor import Supervisor
+from torchspec_hpc.slurm.supervisor import supervise
 
 PACKAGE = "tests.slurm.fake_workers"
 FAKES = ["engine", "trainer", "torchrun", "control_store"]
@@ -20,4 +20,4 @@ config = load_config(run.config)
 fakes = ["engine", "trainer"] if Plan.read(run).use_torch else FAKES
 modules = Modules(**{name: f"{PACKAGE}.{name}" for name in fakes})
 launcher = LocalLauncher if config.cluster == "local" else SlurmLauncher
-sys.exit(Supervisor(run, config, launcher(run, config, os.environ, modules)).run())
+sys.exit(supervise(run, lambda config: launcher(run, config, os.environ, modules)))

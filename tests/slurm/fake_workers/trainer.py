@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import sys
 import time
@@ -14,6 +15,8 @@ from torchspec_hpc.config.endpoints import Endpoints
 from torchspec_hpc.config.rundir import RunDir, write_atomic
 from torchspec_hpc.errors import EXIT_DONE, EXIT_REQUEUE, TorchspecError, UserError
 from torchspec_hpc.observe.logs import report_error, setup_logging
+
+logger = logging.getLogger("torchspec_hpc.fake")
 
 
 class Trainer:
@@ -57,6 +60,7 @@ def main(argv: list[str]) -> int:
     rank = int(os.environ.get("RANK", os.environ.get("PET_NODE_RANK", 0)))
     attempt = Endpoints.read(run, 20).attempt
     setup_logging("training", rank, run, attempt)
+    logger.info("CUDA_VISIBLE_DEVICES=%s", os.environ.get("CUDA_VISIBLE_DEVICES"))
     told = run.root / f"told_{attempt}"  # rank 0's exit code, for the other ranks
     if rank:
         while not told.exists():
