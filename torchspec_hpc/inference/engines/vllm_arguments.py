@@ -58,7 +58,8 @@ def environment(context: EngineContext) -> dict[str, str]:
         if inference.vllm.tp_size == 1:
             variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         # the default pins engines to cores, all on this node to the same ones
-        variables["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        binding = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        variables["VLLM_CPU_OMP_THREADS_BIND"] = binding
     elif inference.batch_invariant:
         variables["VLLM_BATCH_INVARIANT"] = "1"
     if inference.num_threads is not None:
