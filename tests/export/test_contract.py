@@ -6,42 +6,19 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from torchspec_hpc.config.checkpoint_meta import CheckpointMeta
-from torchspec_hpc.drafts.eagle3.config import Eagle3Config
-from torchspec_hpc.drafts.eagle3.model import Eagle3Draft
+from tests.export.conftest import CONFIG, KEPT
+from torchspec_hpc.drafts.eagle3.contract import ContractError, check_contract, eagle3_contract
+from torchspec_hpc.drafts.eagle3.formats import Served
 from torchspec_hpc.errors import UserError
 from torchspec_hpc.export.checkpoint import DraftCheckpoint
-from torchspec_hpc.export.contract import ContractError, check_contract, eagle3_contract
-from torchspec_hpc.export.eagle3 import export_draft, vocabulary_map
+from torchspec_hpc.export.eagle3 import ExportOptions, export_draft, vocabulary_map
 
-CONFIG = Eagle3Config(
-    hidden_size=16,
-    intermediate_size=24,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    vocab_size=40,
-    draft_vocab_size=12,
-    aux_layers=(1, 3, 4),
-    rms_norm_eps=1e-5,
-    max_position_embeddings=64,
-    rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-)
-KEPT = np.arange(1, 40, 3)[:12]
-
-
-@pytest.fixture
-def checkpoint() -> DraftCheckpoint:
-    draft = Eagle3Draft(CONFIG, torch.zeros(40, 16), torch.from_numpy(KEPT))
-    tensors = {name: torch.rand_like(p) for name, p in draft.named_parameters()}
-    config = json.loads(json.dumps(CONFIG.to_dict()))
-    meta = CheckpointMeta(7, 28, {"config": config}, target="t", stream={}, world_size=1)
-    return DraftCheckpoint(Path("step_7"), meta, tensors, KEPT)
+SERVED = Served("target", "LlamaForCausalLM", 3)
+OPTIONS = ExportOptions(SERVED)
 
 
 def test_parameters_of_the_draft_are_the_contract(checkpoint: DraftCheckpoint) -> None:
@@ -49,7 +26,7 @@ def test_parameters_of_the_draft_are_the_contract(checkpoint: DraftCheckpoint) -
 
 
 def test_round_trip(checkpoint: DraftCheckpoint, tmp_path: Path) -> None:
-    export_draft(checkpoint, tmp_path / "out", "float32")
+    export_draft(checkpoint, tmp_path / "out", replace(OPTIONS, dtype="float32"))
     written = load_file(tmp_path / "out" / "model.safetensors")
     for name, tensor in checkpoint.tensors.items():
         assert torch.equal(written[name], tensor)
@@ -59,13 +36,15 @@ def test_round_trip(checkpoint: DraftCheckpoint, tmp_path: Path) -> None:
 
 
 def test_config_is_written_for_both_engines(checkpoint: DraftCheckpoint, tmp_path: Path) -> None:
-    config = json.loads((export_draft(checkpoint, tmp_path / "out") / "config.json").read_text())
+    config = json.loads(
+        (export_draft(checkpoint, tmp_path / "out", OPTIONS) / "config.json").read_text()
+    )
     assert config["architectures"] == ["LlamaForCausalLMEagle3"]
     assert config["eagle_aux_hidden_state_layer_ids"] == [1, 3, 4]
     assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 2, 3]
     assert config["rope_parameters"] == CONFIG.rope_parameters
     assert (config["rope_theta"], config["rope_scaling"]) == (1e4, None)
-    assert (config["vocab_size"], config["draft_vocab_size"]) == (40, 12)
+    assert (config["vocab_size"], config["draft_vocab_size"]) == (512, 12)
     assert config["torch_dtype"] == "bfloat16"
 
 
@@ -74,13 +53,15 @@ def test_scaled_rope_keeps_every_field(checkpoint: DraftCheckpoint, tmp_path: Pa
             "high_freq_factor": 4.0, "original_max_position_embeddings": 32}  # fmt: skip
     fields = checkpoint.meta.draft["config"] | {"rope_parameters": rope}
     scaled = replace(checkpoint, meta=replace(checkpoint.meta, draft={"config": fields}))
-    config = json.loads((export_draft(scaled, tmp_path / "out") / "config.json").read_text())
+    config = json.loads(
+        (export_draft(scaled, tmp_path / "out", OPTIONS) / "config.json").read_text()
+    )
     assert config["rope_parameters"] == rope
     assert config["rope_scaling"] == {k: v for k, v in rope.items() if k != "rope_theta"}
 
 
 def test_full_vocabulary_has_zero_offsets() -> None:
-    maps = vocabulary_map(replace(CONFIG, draft_vocab_size=40), None)
+    maps = vocabulary_map(replace(CONFIG, draft_vocab_size=512), None)
     assert not maps["d2t"].any()
     assert maps["t2d"].all()
 
@@ -90,7 +71,7 @@ def _drop(t: dict[str, torch.Tensor]) -> None:
 
 
 def _extra(t: dict[str, torch.Tensor]) -> None:
-    t["embed_tokens.weight"] = torch.zeros(40, 16)
+    t["embed_tokens.weight"] = torch.zeros(512, 64)
 
 
 def _shape(t: dict[str, torch.Tensor]) -> None:
@@ -114,7 +95,7 @@ def _absolute_ids(t: dict[str, torch.Tensor]) -> None:
 
 
 def _outside(t: dict[str, torch.Tensor]) -> None:
-    t["d2t"] = t["d2t"] + 30
+    t["d2t"] = t["d2t"] + 500
 
 
 def _unsorted(t: dict[str, torch.Tensor]) -> None:
@@ -130,8 +111,8 @@ def _other_mask(t: dict[str, torch.Tensor]) -> None:
     [
         (_drop, "fc.weight is missing"),
         (_extra, "embed_tokens.weight is not part of the contract"),
-        (_shape, r"lm_head.weight has shape \(11, 16\), not \(12, 16\)"),
-        (_transposed, r"fc.weight has shape \(48, 16\)"),
+        (_shape, r"lm_head.weight has shape \(11, 64\), not \(12, 64\)"),
+        (_transposed, r"fc.weight has shape \(192, 64\)"),
         (_nan, "norm.weight holds values that are not finite"),
         (_integer, "norm.weight is torch.int64"),
         (_absolute_ids, "d2t"),
@@ -142,20 +123,31 @@ def _other_mask(t: dict[str, torch.Tensor]) -> None:
 )
 def test_violations_are_refused(checkpoint: DraftCheckpoint, violate, message: str) -> None:
     tensors = dict(checkpoint.tensors) | vocabulary_map(CONFIG, KEPT)
-    check_contract(tensors, CONFIG)
+    check_contract(tensors, CONFIG, "hint")
     violate(tensors)
     with pytest.raises(ContractError, match=message):
-        check_contract(tensors, CONFIG)
+        check_contract(tensors, CONFIG, "hint")
 
 
 def test_nothing_is_written_on_a_violation(checkpoint: DraftCheckpoint, tmp_path: Path) -> None:
     checkpoint.tensors["fc.weight"][0, 0] = float("inf")
     with pytest.raises(ContractError):
-        export_draft(checkpoint, tmp_path / "out")
+        export_draft(checkpoint, tmp_path / "out", OPTIONS)
     assert not list(tmp_path.iterdir())
 
 
 def test_an_existing_directory_is_not_replaced(checkpoint: DraftCheckpoint, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match="exists already"):
-        export_draft(checkpoint, tmp_path / "out")
+        export_draft(checkpoint, tmp_path / "out", OPTIONS)
+
+
+def test_an_export_is_replaced_if_asked_for(checkpoint: DraftCheckpoint, tmp_path: Path) -> None:
+    export_draft(checkpoint, tmp_path / "out", OPTIONS)
+    forced = replace(OPTIONS, dtype="float32", replace=True)
+    export_draft(checkpoint, tmp_path / "out", forced)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float32"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "out" / "thesis.tex").touch()
+    with pytest.raises(UserError, match=r"also holds thesis.tex"):
+        export_draft(checkpoint, tmp_path / "out", forced)

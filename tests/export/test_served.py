@@ -11,11 +11,12 @@ from torchspec_hpc.config.checkpoint_meta import CheckpointMeta
 from torchspec_hpc.config.schema import ModelConfig
 from torchspec_hpc.drafts.batch import pack
 from torchspec_hpc.drafts.eagle3.config import Eagle3Config
+from torchspec_hpc.drafts.eagle3.formats import Served
 from torchspec_hpc.drafts.eagle3.model import Eagle3Draft
 from torchspec_hpc.drafts.eagle3.plan import make_plan, scored_targets
 from torchspec_hpc.drafts.target_head import TargetHead
 from torchspec_hpc.export.checkpoint import DraftCheckpoint
-from torchspec_hpc.export.eagle3 import export_draft
+from torchspec_hpc.export.eagle3 import ExportOptions, export_draft
 from torchspec_hpc.export.evaluate import ServeSettings, measure
 from torchspec_hpc.target.spec import TargetSpec
 from torchspec_hpc.target.weights import load_target_tensors
@@ -30,7 +31,8 @@ AUX = (1, 2, 3)
 def test_memorised_answer_is_accepted_whole(tiny_target: Path, tmp_path: Path) -> None:
     tokens, num_prompt, states = _greedy_answer(tiny_target)
     checkpoint = _overfit(tiny_target, tokens, num_prompt, states)
-    draft = export_draft(checkpoint, tmp_path / "draft", "float32")
+    served_as = Served(str(tiny_target), "LlamaForCausalLM", K)
+    draft = export_draft(checkpoint, tmp_path / "draft", ExportOptions(served_as, dtype="float32"))
     settings = ServeSettings(
         str(tiny_target), num_speculative_tokens=K, max_tokens=ANSWER, max_model_len=256
     )

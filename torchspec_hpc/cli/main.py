@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from torchspec_hpc import __version__
+from torchspec_hpc.cli.export_command import export
 from torchspec_hpc.errors import TorchspecError, exit_code_of
 
 app = typer.Typer(
@@ -29,8 +30,6 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. training.learning_rate=5e-5."),
 ]
-# config.types.Dtype again: importing pydantic for it would double the time of --help
-Dtype = Literal["bfloat16", "float16", "float32"]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
 
 
@@ -92,21 +91,7 @@ def render(config: ConfigFile, overrides: Overrides = None) -> None:
     print(render_script(settings, run_directory(settings)))
 
 
-@app.command()
-def export(
-    source: Annotated[
-        Path, typer.Argument(metavar="RUN", help="Run, checkpoint, or RUN/checkpoints/best.")
-    ],
-    output: Annotated[Path | None, typer.Option(help="Default: RUN/export/step_<n>.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the written weights.")] = "bfloat16",
-    untrained: Annotated[
-        bool, typer.Option(help="Export the draft as it was before the first step.")
-    ] = False,
-) -> None:
-    """Write a draft directory that vLLM and SGLang serve."""
-    from torchspec_hpc.cli.export_command import export_command
-
-    print(export_command(source, output, dtype, untrained=untrained))
+app.command()(export)
 
 
 @app.command()

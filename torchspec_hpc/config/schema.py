@@ -35,10 +35,24 @@ class ModelConfig(Section):
     draft_vocab_size: int | None = Field(
         None, gt=0, description="Rows of the draft head; null: the target's whole vocabulary."
     )
+    initial_draft: ModelRef | None = Field(
+        None,
+        description="Published EAGLE-3 draft, directory or hub id, whose shape and weights training"
+        " begins with; null: new weights.",
+    )
     embedding_key: str = Field("model.embed_tokens.weight", description="Its embedding tensor.")
     lm_head_key: str = Field("lm_head.weight", description="Its output head tensor.")
     norm_key: str = Field("model.norm.weight", description="Its last norm's tensor.")
     trust_remote_code: bool = Field(False, description="Run Python code shipped with the target.")
+
+    @model_validator(mode="after")
+    def _has_one_shape(self) -> ModelConfig:
+        if self.initial_draft is not None and self.draft_model_config is not None:
+            raise ValueError(
+                f"initial_draft = {self.initial_draft} and draft_model_config = "
+                f"{self.draft_model_config} both give the draft's shape; allowed: one of them"
+            )
+        return self
 
 
 class TrainingConfig(OptimConfig, ObjectiveConfig):
@@ -130,3 +144,12 @@ class Config(Section):
     control: ControlConfig = ControlConfig()
     logging: LoggingConfig = LoggingConfig()
     slurm: SlurmConfig = SlurmConfig()
+
+    @model_validator(mode="after")
+    def _has_one_beginning(self) -> Config:
+        if self.model.initial_draft is not None and self.training.load_path is not None:
+            raise ValueError(
+                f"model.initial_draft = {self.model.initial_draft} and training.load_path = "
+                f"{self.training.load_path} both give the first weights; allowed: one of them"
+            )
+        return self

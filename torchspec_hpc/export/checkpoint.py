@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,46 +34,77 @@ class DraftCheckpoint:
     Attributes:
         path: The checkpoint's directory.
         meta: Its ``meta.json``.
-        tensors: float32 master weights by parameter name.
+        tensors: float32 master weights by parameter name; those of a checkpoint are read from
+            the disk each time they are looked up.
         kept_ids: Target ids of the draft's rows, ascending, int64 [V_draft]; None: all of them.
     """
 
     path: Path
     meta: CheckpointMeta
-    tensors: dict[str, torch.Tensor]
+    tensors: Mapping[str, torch.Tensor]
     kept_ids: np.ndarray[Any, np.dtype[np.int64]] | None
 
 
+class _Stored(Mapping[str, torch.Tensor]):
+    """The model's tensors in a sharded checkpoint, one read at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+        self._items = {
+            key.removeprefix(_PREFIX): item
+            for key, item in stored.items()
+            if key.startswith(_PREFIX) and isinstance(item, TensorStorageMetadata)
+        }
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        item = self._items[name]
+        tensor = torch.empty(item.size, dtype=item.properties.dtype)
+        with warnings.catch_warnings():
+            # torch warns that there is no process group although we say so
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            try:
+                reader = FileSystemReader(self._folder)
+                load({_PREFIX + name: tensor}, storage_reader=reader, no_dist=True)
+            except CheckpointException as error:  # derives from BaseException, not from Exception
+                causes = "; ".join(str(cause[0]) for cause in error.failures.values())
+                raise _unreadable(self._folder, causes) from error
+            except OSError as error:
+                raise _unreadable(self._folder, str(error)) from error
+        return tensor
+
+
+def _unreadable(folder: Path, causes: str) -> UserError:
+    return UserError(
+        f"{folder} cannot be read: {causes}",
+        hint="export again if the run is training and has removed it meanwhile (it keeps the "
+        "newest training.max_checkpoints), or export another step_<n>",
+    )
+
+
 def read_checkpoint(path: Path) -> DraftCheckpoint:
-    """Reads the draft's weights, whatever number of trainers wrote them.
+    """Opens a checkpoint, whatever number of trainers wrote it.
 
     Raises:
         UserError: The directory holds no checkpoint of a draft, or one of another version.
     """
     folder = find_checkpoint(path)
     meta = CheckpointMeta.read(folder)
-    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
-    model = {
-        key.removeprefix(_PREFIX): torch.empty(item.size, dtype=item.properties.dtype)
-        for key, item in stored.items()
-        if key.startswith(_PREFIX) and isinstance(item, TensorStorageMetadata)
-    }
-    if not model:
+    try:
+        tensors = _Stored(folder)
+        kept_file = meta.draft["kept_ids_file"]
+        kept = np.load(folder / kept_file) if kept_file else None
+    except OSError as error:
+        raise _unreadable(folder, str(error)) from error
+    if not tensors:
         raise UserError(f"{folder} holds no model weights", allowed="a checkpoint of this project")
-    state = {"model": model}
-    with warnings.catch_warnings():
-        # torch warns that there is no process group although we say so
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        try:
-            load(state, storage_reader=FileSystemReader(folder), no_dist=True)
-        except CheckpointException as error:  # derives from BaseException, not from Exception
-            causes = "; ".join(str(cause[0]) for cause in error.failures.values())
-            raise UserError(
-                f"{folder} cannot be read: {causes}", hint="export an older step_<n> of the run"
-            ) from error
-    kept_file = meta.draft["kept_ids_file"]
-    kept = np.load(folder / kept_file) if kept_file else None
-    return DraftCheckpoint(folder, meta, state["model"], kept)
+    return DraftCheckpoint(folder, meta, tensors, kept)
 
 
 def untrained(checkpoint: DraftCheckpoint, model: ModelConfig, seed: int) -> DraftCheckpoint:
@@ -82,7 +114,15 @@ def untrained(checkpoint: DraftCheckpoint, model: ModelConfig, seed: int) -> Dra
         checkpoint: Any checkpoint of the run.
         model: The run's target.
         seed: The run's ``training.seed``.
+
+    Raises:
+        UserError: The run began with the weights of a published draft.
     """
+    if model.initial_draft is not None:
+        raise UserError(
+            f"the run began with model.initial_draft = {model.initial_draft}",
+            hint="that is the draft before the first step: evaluate it as it is",
+        )
     config = Eagle3Config.from_dict(checkpoint.meta.draft["config"])
     spec = TargetSpec.from_path(model.target_model_path)
     target = load_target_tensors(model, spec, torch.float32)

@@ -30,6 +30,8 @@ def check_inputs(config: Config) -> None:
     _require_file("dataset.chat_template", dataset.chat_template, ConfigError)
     _require_file("model.draft_model_config", model.draft_model_config, ConfigError)
     _require_file("training.load_path", training.load_path, ConfigError)
+    if model.initial_draft is not None and Path(model.initial_draft).is_absolute():
+        _require_file("model.initial_draft", model.initial_draft, ConfigError)
     if not Path(model.target_model_path).is_absolute():
         return
     spec = TargetSpec.from_path(model.target_model_path)

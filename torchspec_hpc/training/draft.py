@@ -21,6 +21,7 @@ from torchspec_hpc.drafts.target_head import TargetHead
 from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.target.spec import TargetSpec
 from torchspec_hpc.target.weights import TargetTensors, load_target_tensors
+from torchspec_hpc.training.initial_draft import InitialDraft
 from torchspec_hpc.training.parallel import World, shard
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ def build_draft(
     spec: TargetSpec,
     aux_layers: tuple[int, ...],
     kept_ids: Tensor | None,
+    initial: InitialDraft | None = None,
 ) -> BuiltDraft:
     """Builds the draft with its first weights; every rank calls it.
 
@@ -55,22 +57,31 @@ def build_draft(
         spec: The target.
         aux_layers: See :meth:`TargetSpec.aux_layers`.
         kept_ids: Ascending target ids of the draft's vocabulary; None: the target's.
+        initial: Published draft to begin with.
 
     Raises:
         ConfigError: The draft's shape or the target's tensors cannot be used.
     """
     settings = config.training
-    draft_config = Eagle3Config.from_target(
-        spec,
-        aux_layers,
-        spec.vocab_size if kept_ids is None else len(kept_ids),
-        _read_overrides(config.model.draft_model_config),
+    draft_config = (
+        initial.config
+        if initial is not None
+        else Eagle3Config.from_target(
+            spec,
+            aux_layers,
+            spec.vocab_size if kept_ids is None else len(kept_ids),
+            _read_overrides(config.model.draft_model_config),
+        )
     )
     loaded = load_target_tensors(config.model, spec, getattr(torch, settings.compute_dtype))
     target = _on_device(loaded, world.device)
     options = compute_options(settings, world.device)
     draft = Eagle3Draft(draft_config, target.embedding, kept_ids, options)
-    draft.initialize(target, settings.seed)
+    if initial is not None:
+        initial.copy_to(draft)
+        logger.info("weights taken from %s", config.model.initial_draft)
+    else:
+        draft.initialize(target, settings.seed)
     draft.lm_head.requires_grad_(not settings.freeze_lm_head)
     shard(draft.to(world.device), world, settings)
     num_parameters = sum(parameter.numel() for parameter in draft.parameters())

@@ -25,6 +25,7 @@ from torchspec_hpc.training.batches import MicroBatches, packs_per_step, steps_o
 from torchspec_hpc.training.checkpoint import Checkpointer
 from torchspec_hpc.training.draft import build_draft
 from torchspec_hpc.training.evaluation import EvaluationSet
+from torchspec_hpc.training.initial_draft import load_initial_draft
 from torchspec_hpc.training.main_rank import ask_main
 from torchspec_hpc.training.meter import EngineMonitor
 from torchspec_hpc.training.optim import build_optimizer
@@ -68,8 +69,9 @@ def build_trainer(
     held_out = _open_held_out(config, world)
     window_tokens = _window_tokens(config, spec, aux_layers, [dataset, *held_out])
     source = ask_main(world, partial(_source, config, run))
-    kept_ids = load_kept_ids(config, run, world, dataset, spec, source)
-    draft, head, description = build_draft(config, world, spec, aux_layers, kept_ids)
+    initial = load_initial_draft(config.model, spec, aux_layers)
+    kept_ids = load_kept_ids(config, run, world, dataset, spec, source, initial)
+    draft, head, description = build_draft(config, world, spec, aux_layers, kept_ids, initial)
     meta = _describe(config, world, dataset, description)
     optimizer = build_optimizer(draft, settings)
     checkpointer = Checkpointer(run, world, draft, optimizer, meta, settings)

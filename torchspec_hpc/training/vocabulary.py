@@ -16,6 +16,7 @@ from torchspec_hpc.data.dataset import TokenDataset
 from torchspec_hpc.data.vocab import draft_vocabulary
 from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.target.spec import TargetSpec
+from torchspec_hpc.training.initial_draft import InitialDraft
 from torchspec_hpc.training.parallel import World
 
 
@@ -26,11 +27,13 @@ def load_kept_ids(
     dataset: TokenDataset,
     spec: TargetSpec,
     source: Path | None,
+    initial: InitialDraft | None = None,
 ) -> Tensor | None:
     """The target ids that the draft's head can say; every rank calls it.
 
-    The first attempt takes them from `source`, the checkpoint to go on from, whose head has just
-    these rows, or else counts the data; later attempts find them in the run directory.
+    The first attempt takes them from `source`, the checkpoint to go on from, or from `initial`, the
+    published draft to begin with, whose heads have just these rows, or else counts the data; later
+    attempts find them in the run directory.
 
     Returns:
         Ascending ids, int64 ``[draft_vocab_size]``; None if the draft has the target's vocabulary.
@@ -45,6 +48,8 @@ def load_kept_ids(
     if world.is_main and not path.exists():
         if source is not None and (source / KEPT_IDS).is_file():
             kept = np.load(source / KEPT_IDS)
+        elif initial is not None and initial.kept_ids is not None:
+            kept = initial.kept_ids.numpy()
         else:
             specials = {spec.bos_token_id, *spec.eos_token_ids} - {None}
             kept = draft_vocabulary(dataset, spec.vocab_size, size, specials)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The contract of an exported draft: names, shapes and dtypes, checked before anything is written.
+"""The contract of a published draft: names, shapes, dtypes and values of its tensors.
 
 Engines do not check it: vLLM refuses unknown tensors but silently accepts missing
 ones, SGLang skips both.  A draft without ``fc.weight`` loads and generates.
@@ -18,13 +18,17 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class ContractError(UserError):
-    """Tensors that no engine could serve rightly."""
+    """Tensors that no engine could serve rightly.
 
-    def __init__(self, violations: list[str]) -> None:
+    Args:
+        violations: All that is wrong.
+        hint: What to do next.
+    """
+
+    def __init__(self, violations: list[str], hint: str) -> None:
         self.violations = violations
         super().__init__(
-            "this draft breaks the export contract:\n  - " + "\n  - ".join(violations),
-            hint="nothing was written; check the checkpoint this draft came from",
+            "this draft breaks the contract:\n  - " + "\n  - ".join(violations), hint=hint
         )
 
 
@@ -37,7 +41,7 @@ class TensorSpec:
 
 
 def eagle3_contract(config: Eagle3Config) -> dict[str, TensorSpec]:
-    """Required tensors of an EAGLE-3 draft of the Llama type, by exported name."""
+    """Required tensors of an EAGLE-3 draft of the Llama type, by the name of the parameter."""
     hidden, inner = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
@@ -62,8 +66,13 @@ def eagle3_contract(config: Eagle3Config) -> dict[str, TensorSpec]:
     return contract
 
 
-def check_contract(tensors: Mapping[str, torch.Tensor], config: Eagle3Config) -> None:
+def check_contract(tensors: Mapping[str, torch.Tensor], config: Eagle3Config, hint: str) -> None:
     """Checks tensors against the contract.
+
+    Args:
+        tensors: All of the draft, by the name of the parameter.
+        config: The draft's shape.
+        hint: What the user should do next where it is broken.
 
     Raises:
         ContractError: With every violation, not only the first.
@@ -78,7 +87,7 @@ def check_contract(tensors: Mapping[str, torch.Tensor], config: Eagle3Config) ->
     if not violations:
         violations += _check_vocabulary(tensors["d2t"], tensors["t2d"])
     if violations:
-        raise ContractError(sorted(violations))
+        raise ContractError(sorted(violations), hint)
 
 
 def _check_tensor(name: str, tensor: torch.Tensor, spec: TensorSpec) -> list[str]:
