@@ -82,7 +82,9 @@ def test_requests_are_served(engine: HfEngine, requester: Requester, reference: 
     receipts = requester.run(engine, [requester.request(ids) for ids in tokens])
     for ids, receipt in zip(tokens, receipts, strict=True):
         shape = (ids.size, 4, 64)
-        assert receipt == Receipt(receipt.ticket, receipt.key, shape, "float32", 5)
+        assert receipt == Receipt(
+            receipt.ticket, receipt.key, shape, "float32", 5, receipt.checksum
+        )
         reference.check(ids, requester.fetch(receipt.key, receipt.shape))
 
 

@@ -26,6 +26,7 @@ MAX_TRIES = 3
 RANK = 5
 QUEUED_S = 3.0
 LONG_S = 20.0
+HEARTBEAT_S = 0.1
 
 
 @pytest.fixture
@@ -41,7 +42,11 @@ def feed(
     while control.pop_reply(RANK, 0):
         pass
     deadlines = ControlConfig(
-        request_deadline_s=DEADLINE_S, request_max_tries=MAX_TRIES, engine_ready_s=QUEUED_S
+        request_deadline_s=DEADLINE_S,
+        request_max_tries=MAX_TRIES,
+        engine_ready_s=QUEUED_S / 2,
+        engines_lost_s=QUEUED_S / 2,
+        heartbeat_s=HEARTBEAT_S,
     )
     feed = HiddenStateFeed(connect(), trainer, RANK, deadlines, f"run.{time.monotonic_ns()}")
     yield feed
@@ -282,7 +287,7 @@ def test_states_that_cannot_be_the_samples_are_refused(
     receipt = put(engine, request)
     fields = {name: getattr(receipt, name) for name in receipt.__struct_fields__}
     control.push_reply(RANK, Receipt(**{**fields, **change}))
-    with pytest.raises(SampleFailed, match="engine 2 answered sample 's' of 3 tokens with"):
+    with pytest.raises(SampleFailed, match="'s': engine 2 answered 3 tokens with"):
         feed.take("s")
     assert not is_stored(engine, request.key)
 

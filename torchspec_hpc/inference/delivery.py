@@ -164,7 +164,7 @@ class Delivery:
             copied.synchronize()
         reply: Receipt | Refusal
         try:
-            self._store.put(to.key, states, to.segment)
+            checksum = self._store.put(to.key, states, to.segment)
         except UserError as error:  # larger than a segment: it will never fit
             reply = Refusal(to.ticket, to.key, str(error), permanent=True)
         except TorchspecError as error:  # full or gone: the requester asks again
@@ -172,7 +172,7 @@ class Delivery:
         else:
             shape = (states.shape[0], states.shape[1], states.shape[2])
             dtype = str(states.dtype).removeprefix("torch.")
-            reply = Receipt(to.ticket, to.key, shape, dtype, self._rank)
+            reply = Receipt(to.ticket, to.key, shape, dtype, self._rank, checksum)
         self._control.push_reply(to.reply_to, reply)
 
     def _done(self, num_bytes: int, future: Future[None]) -> None:

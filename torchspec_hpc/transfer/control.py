@@ -1,58 +1,40 @@
 """The client of the control store: queues of requests and replies, heartbeats.
 
-TCPStore facts that shaped this (torch 2.13, each seen on the real server):
-
-- Calls on a connection exclude each other, so a blocking pop would stop every
-  other call, and a pop that runs out of time logs two warnings.  We poll; an
-  empty pop is one round trip of some 20 us.
-- ``set`` and ``queue_push`` do not wait for the server: the first one after its
-  death still succeeds.  We follow them with a call that is answered.
-- Against a server that is stopped but not gone every answered call blocks for
-  ever, the constructor too.  So calls run on a thread of ours that may be
-  abandoned.  ``queue_len`` even blocks with the GIL held: it is only sent
-  right after another call was answered.
-- A popped message is gone if its reader dies.  The requester asks again.
+We poll: an empty pop is one round trip of some 20 us, and a blocking one would stop
+every other call of the connection.  Calls that the server does not answer are followed by
+one that it does.  A popped message is gone if its reader dies; the requester asks again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import socket
+import secrets
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from datetime import timedelta
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, cast
 
-from torch.distributed import DistError, QueueEmptyError, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import QueueEmptyError, TCPStore  # type: ignore[attr-defined]
 
-from torchspec_hpc.config.endpoints import split_endpoint
-from torchspec_hpc.errors import TorchspecError
-from torchspec_hpc.transfer.calls import CallsEnded, CallThread
+from torchspec_hpc.transfer.connection import Connection, ControlLost
 from torchspec_hpc.transfer.messages import (
     Codec,
     Heartbeat,
-    Message,
     MessageError,
     Receipt,
     Refusal,
     Request,
     Scalar,
+    Taken,
 )
 
-logger = logging.getLogger(__name__)
-T = TypeVar("T")
+__all__ = ["ControlClient", "ControlLost"]
+
+M = TypeVar("M")
 
 _REQUESTS = "requests"
 _PUSHED = "requests/pushed"
 _FIRST_POLL_S = 0.001
 _LAST_POLL_S = 0.02
-_RECONNECT_POLL_S = 0.1
-
-
-class ControlLost(TorchspecError):
-    """The control store does not answer."""
 
 
 class ControlClient:
@@ -69,18 +51,12 @@ class ControlClient:
     """
 
     def __init__(self, endpoint: str, secret: bytes, timeout_s: float) -> None:
-        self._endpoint = endpoint
-        self._address = split_endpoint(endpoint)
-        self._timeout_s = timeout_s
         self._codec = Codec(secret)
-        self._lost = ControlLost(f"the client of {endpoint} is closed")
         self._announced: set[str] = set()  # heartbeat registries this connection is in
-        self._calls = CallThread("control")
-        try:
-            self._store: TCPStore = self._bounded(self._connect)
-        except ControlLost:
-            self.close()
-            raise
+        self._session = secrets.token_hex(4)
+        self._rank: int | None = None  # of the engine whose heartbeats are sent from here
+        self._connection = Connection(endpoint, timeout_s, on_connect=self._announced.clear)
+        self._call = self._connection.call
 
     def push_request(self, request: Request) -> int:
         """Queues a request.
@@ -99,13 +75,37 @@ class ControlClient:
     def pop_request(self, timeout_s: float) -> Request | None:
         """The oldest request, or None if there is none for ``timeout_s`` seconds.
 
+        Where heartbeats of an engine are sent over this connection, the requester learns
+        that this engine has it.
+
         Raises:
             MessageError: It is not authentic, or no request.
         """
-        message = self._pop(_REQUESTS, timeout_s)
-        if message is None or isinstance(message, Request):
-            return message
-        raise _misplaced(message, _REQUESTS)
+        wire = self._pop(_REQUESTS, timeout_s)
+        if wire is None:
+            return None
+        request = self._decode(_REQUESTS, wire, Request)
+        if self._rank is not None:
+            self._push_taken(request.reply_to, Taken(request.key, self._rank, self._session))
+        return request
+
+    def _push_taken(self, rank: int, taken: Taken) -> None:
+        wire = self._codec.encode(taken)
+        # not answered, which saves a round trip: a request has its deadline all the same
+        self._call(lambda store: store.queue_push(_taken(rank), wire))
+
+    def pop_taken(self, rank: int) -> list[Taken]:
+        """Which requests of a trainer rank engines have taken since the last call.
+
+        Raises:
+            MessageError: One is not authentic, or says something else.
+        """
+        key = _taken(rank)
+
+        def drain(store: TCPStore) -> list[bytes]:
+            return list(iter(lambda: _try_pop(store, key), None))
+
+        return [self._decode(key, wire, Taken) for wire in self._call(drain)]
 
     def queue_depth(self) -> int:
         """Requests that no engine has taken yet."""
@@ -145,15 +145,17 @@ class ControlClient:
         Raises:
             MessageError: It is not authentic, or no reply.
         """
-        message = self._pop(_replies(rank), timeout_s)
-        if message is None or isinstance(message, Receipt | Refusal):
-            return message
-        raise _misplaced(message, _replies(rank))
+        wire = self._pop(_replies(rank), timeout_s)
+        if wire is None:
+            return None
+        return cast("Receipt | Refusal", self._decode(_replies(rank), wire, (Receipt, Refusal)))
 
     def heartbeat(self, role: str, rank: int, payload: Mapping[str, Scalar]) -> None:
         """Says that a process is alive, and how it fares."""
-        wire = self._codec.encode(Heartbeat(role, rank, time.time(), dict(payload)))
+        wire = self._codec.encode(Heartbeat(role, rank, time.time(), self._session, dict(payload)))
         key = _heartbeat(role, rank)
+        if role == "inference":
+            self._rank = rank
 
         def beat(store: TCPStore) -> None:
             store.set(key, wire)  # type: ignore[arg-type]  # the stub says str, the code bytes
@@ -173,25 +175,30 @@ class ControlClient:
             the two nodes' clocks.
         """
 
-        def read(store: TCPStore) -> list[bytes]:
+        def ranks(store: TCPStore) -> set[int]:
             if not store.check([_registry(role)]):  # get would wait for the key
-                return []
-            ranks = {int(rank) for rank in store.get(_registry(role)).split()}
-            return [bytes(store.get(_heartbeat(role, rank))) for rank in sorted(ranks)]
+                return set()
+            return {int(rank) for rank in store.get(_registry(role)).split()}
 
-        beats: dict[int, dict[str, Any]] = {}
-        for wire in self._call(read):
-            beat = self._codec.decode(wire)
-            if not isinstance(beat, Heartbeat):
-                raise _misplaced(beat, _registry(role))
-            beats[beat.rank] = {**beat.payload, "age_s": max(0.0, time.time() - beat.time)}
-        return beats
+        now = time.time()
+        return {
+            beat.rank: {**beat.payload, "age_s": max(0.0, now - beat.time)}
+            for beat in self.last_beats(role, sorted(self._call(ranks)))
+        }
+
+    def last_beats(self, role: str, ranks: Sequence[int]) -> list[Heartbeat]:
+        """The last heartbeat of each of these ranks, which have all sent one."""
+
+        def read(store: TCPStore) -> list[bytes]:
+            return [bytes(store.get(_heartbeat(role, rank))) for rank in ranks]
+
+        return [self._decode(_registry(role), wire, Heartbeat) for wire in self._call(read)]
 
     def close(self) -> None:
         """Ends the connection. Further calls raise :class:`ControlLost`."""
-        self._calls.end()
+        self._connection.close()
 
-    def _pop(self, key: str, timeout_s: float) -> Message | None:
+    def _pop(self, key: str, timeout_s: float) -> bytes | None:
         deadline = time.monotonic() + timeout_s
         pause_s = _FIRST_POLL_S
         while (wire := self._call(lambda store: _try_pop(store, key))) is None:
@@ -200,52 +207,13 @@ class ControlClient:
                 return None
             time.sleep(min(pause_s, left_s))
             pause_s = min(2 * pause_s, _LAST_POLL_S)
-        return self._codec.decode(wire)
+        return wire
 
-    def _call(self, operation: Callable[[TCPStore], T]) -> T:
-        """Runs an operation; on a broken connection once more on a new one."""
-
-        def attempt() -> T:
-            try:
-                return operation(self._store)
-            except DistError as error:
-                logger.warning("control store at %s: %s; reconnecting", self._endpoint, error)
-                self._store = self._connect()
-                return operation(self._store)
-
-        return self._bounded(attempt)
-
-    def _bounded(self, job: Callable[[], T]) -> T:
-        limit_s = 2 * self._timeout_s  # a job may first reconnect, then call
-        try:
-            return self._calls.run(job, limit_s)
-        except CallsEnded:
-            raise self._lost from None
-        except FutureTimeoutError:
-            reason = f"no answer for {limit_s:.0f} s"
-        except DistError as error:
-            reason = str(error)
-        self._lost = ControlLost(f"the control store at {self._endpoint} is lost: {reason}")
-        self._calls.end()
-        raise self._lost
-
-    def _connect(self) -> TCPStore:
-        # TCPStore's own retries print a C++ backtrace each: knock first
-        deadline = time.monotonic() + self._timeout_s
-        while True:
-            try:
-                socket.create_connection(self._address, timeout=self._timeout_s).close()
-                break
-            except OSError as error:
-                if time.monotonic() >= deadline:
-                    raise ControlLost(
-                        f"the control store at {self._endpoint} cannot be reached "
-                        f"for {self._timeout_s:.0f} s: {error}"
-                    ) from None
-            time.sleep(_RECONNECT_POLL_S)
-        self._announced.clear()
-        host, port = self._address
-        return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=self._timeout_s))
+    def _decode(self, key: str, wire: bytes, kind: type[M] | tuple[type[M], ...]) -> M:
+        message = self._codec.decode(wire)
+        if isinstance(message, kind):
+            return message
+        raise MessageError(f"a {type(message).__name__} does not belong under {key!r}")
 
 
 def _try_pop(store: TCPStore, key: str) -> bytes | None:
@@ -254,12 +222,12 @@ def _try_pop(store: TCPStore, key: str) -> bytes | None:
     return None
 
 
-def _misplaced(message: Message, key: str) -> MessageError:
-    return MessageError(f"a {type(message).__name__} does not belong under {key!r}")
-
-
 def _replies(rank: int) -> str:
     return f"replies/{rank}"
+
+
+def _taken(rank: int) -> str:
+    return f"taken/{rank}"
 
 
 def _heartbeat(role: str, rank: int) -> str:

@@ -12,6 +12,7 @@ import itertools
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -21,8 +22,8 @@ import torch
 
 from torchspec_hpc.config.transfer_schema import ControlConfig
 from torchspec_hpc.errors import TorchspecError
-from torchspec_hpc.transfer.buffers import BufferPool
 from torchspec_hpc.transfer.control import ControlClient
+from torchspec_hpc.transfer.holders import Holders
 from torchspec_hpc.transfer.messages import (
     TOKEN_BYTES,
     MessageError,
@@ -31,6 +32,7 @@ from torchspec_hpc.transfer.messages import (
     Request,
     encode_tokens,
 )
+from torchspec_hpc.transfer.reader import Reader, WrongStates
 from torchspec_hpc.transfer.store import HiddenStateStore, ObjectGone
 from torchspec_hpc.transfer.ticket import Ticket
 
@@ -38,9 +40,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.05
 _ASK_S = 0.5  # between questions to `give_up`, which may look at a shared file system
-_RETRY_PAUSE_S = 0.1  # after the first failure, four times as long after each further one
 _CLOSE_S = 60.0  # the longest call under way: Mooncake gives up after 30 s
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class GaveUp(TorchspecError):
@@ -93,13 +93,17 @@ class HiddenStateFeed:
         self._rank = rank
         self._deadline_s = control_config.request_deadline_s
         self._max_tries = control_config.request_max_tries
+        # longer than the supervisor waits for engines: it ends a run without any
         self._queued_limit_s = max(
-            control_config.engine_ready_s, self._deadline_s * self._max_tries
+            control_config.engine_ready_s + control_config.engines_lost_s,
+            self._deadline_s * self._max_tries,
         )
+        self._holders = Holders(control, rank, control_config.heartbeat_s)
         self._key_prefix = f"{run_id_attempt}/{rank}"
         self._serial = itertools.count()
         self._segment = store.segment
-        self._pool = BufferPool(store)
+        self._reader = Reader(store)
+        self._leftovers: deque[tuple[float, str]] = deque()  # when to remove which key again
         self._stats = FeedStats()
         self._tickets: dict[str, Ticket] = {}
         self._changed = threading.Condition()  # guards all that both threads write
@@ -142,7 +146,7 @@ class HiddenStateFeed:
             GaveUp: `give_up` said so. The ticket stays open.
             SampleFailed: No engine can serve it.
             DeadlineExceeded: ``request_max_tries`` requests were not answered, or no
-                engine took the request for ``engine_ready_s`` seconds.
+                engine took the request for ``engine_ready_s + engines_lost_s`` seconds.
             ControlLost: The control store is gone.
             StoreUnavailable: The Mooncake master is gone.
         """
@@ -192,7 +196,9 @@ class HiddenStateFeed:
             while not self._closing.is_set():
                 if (reply := self._pop()) is not None:
                     self._receive(reply)
+                self._check_holders()
                 self._check_deadlines()
+                self._remove_leftovers()
         except Exception as error:  # noqa: BLE001 - raised again by every take and submit
             logger.error("the feed of trainer rank %d stopped: %s", self._rank, error)
             with self._changed:
@@ -218,30 +224,44 @@ class HiddenStateFeed:
         elif reply.permanent:
             self._settle(entry, error=SampleFailed(f"sample {entry.name!r}: {reply.reason}"))
         elif reply.key == entry.keys[-1]:
-            self._postpone(entry, f"refused: {reply.reason}")
+            entry.postpone(f"refused: {reply.reason}", self._deadline_s)
 
     def _fetch(self, entry: Ticket, receipt: Receipt) -> None:
-        num_tokens = len(entry.token_ids) // TOKEN_BYTES
-        if receipt.shape[0] != num_tokens or receipt.dtype not in _DTYPES:
-            problem = (
-                f"engine {receipt.engine} answered sample {entry.name!r} of {num_tokens} tokens "
-                f"with {receipt.dtype} states of shape {receipt.shape}"
-            )
-            self._store.remove(receipt.key)
-            self._settle(entry, error=SampleFailed(problem))
-            return
-        states = self._pool.lend(receipt.shape, _DTYPES[receipt.dtype])
         try:
-            self._store.get_into(receipt.key, states)
+            states = self._reader.read(receipt, len(entry.token_ids) // TOKEN_BYTES)
+        except WrongStates as error:
+            self._store.remove(receipt.key)
+            self._settle(entry, error=SampleFailed(f"sample {entry.name!r}: {error}"))
         except ObjectGone as error:
             if receipt.key == entry.keys[-1]:
-                self._postpone(entry, f"engine {receipt.engine} served it, then: {error}")
-            return
-        self._stats.num_bytes += states.nbytes
-        # earlier tries too: an engine may have died between its put and its receipt
+                status = f"engine {receipt.engine} served it, then: {error}"
+                entry.postpone(status, self._deadline_s)
+        else:
+            self._stats.num_bytes += states.nbytes
+            self._remove_all_of(entry)
+            self._settle(entry, states=states)
+
+    def _remove_all_of(self, entry: Ticket) -> None:
+        """Removes the objects of all tries: an engine may have died before it told of one.
+
+        One that is still to be written by an engine, and never to be told of, is removed later.
+        """
+        late = time.monotonic() + self._deadline_s
         for key in entry.keys:
             self._store.remove(key)
-        self._settle(entry, states=states)
+            if len(entry.keys) > 1:
+                self._leftovers.append((late, key))
+
+    def _remove_leftovers(self) -> None:
+        while self._leftovers and time.monotonic() > self._leftovers[0][0]:
+            self._store.remove(self._leftovers.popleft()[1])
+
+    def _check_holders(self) -> None:
+        """Has what a lost engine had taken sent again."""
+        with self._changed:
+            waiting = {e.keys[-1]: e for e in self._tickets.values() if not e.settled and e.place}
+        for key, engine in self._holders.lost(waiting).items():
+            waiting[key].postpone(f"engine {engine} took it and is gone", self._deadline_s)
 
     def _check_deadlines(self) -> None:
         now = time.monotonic()
@@ -269,12 +289,6 @@ class HiddenStateFeed:
         with self._changed:
             self._stats.num_retries += 1
             self._send(entry)
-
-    def _postpone(self, entry: Ticket, status: str) -> None:
-        """Has a failed request retried after a pause: what broke may need a moment."""
-        entry.status, entry.place = status, 0
-        pause_s = _RETRY_PAUSE_S * 4 ** (len(entry.keys) - 1)
-        entry.due = time.monotonic() + min(pause_s, self._deadline_s)
 
     def _send(self, entry: Ticket) -> None:
         """Pushes a request under a new key; the lock is held."""

@@ -64,6 +64,7 @@ class Receipt(msgspec.Struct, frozen=True, tag="receipt", forbid_unknown_fields=
         shape: (T, A + 1, H): tokens, aux layers and the last one, hidden size.
         dtype: As torch calls it, without ``torch.``.
         engine: Inference rank that made them.
+        checksum: What :meth:`HiddenStateStore.put` returned.
     """
 
     ticket: str
@@ -71,6 +72,21 @@ class Receipt(msgspec.Struct, frozen=True, tag="receipt", forbid_unknown_fields=
     shape: tuple[int, int, int]
     dtype: str
     engine: int
+    checksum: int | None = None
+
+
+class Taken(msgspec.Struct, frozen=True, tag="taken", forbid_unknown_fields=True):
+    """An engine has taken a request from the queue.
+
+    Attributes:
+        key: Of the request.
+        engine: Inference rank.
+        session: Of the engine's process, as in its heartbeats.
+    """
+
+    key: str
+    engine: int
+    session: str
 
 
 class Refusal(msgspec.Struct, frozen=True, tag="refusal", forbid_unknown_fields=True):
@@ -96,16 +112,18 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat", forbid_unknown_fie
         role: ``training`` or ``inference``.
         rank: In its role.
         time: Seconds since the epoch, the sender's clock.
+        session: Of the sender's process: another one after a restart.
         payload: What the role reports: plain numbers and strings.
     """
 
     role: str
     rank: int
     time: float
+    session: str
     payload: dict[str, Scalar]
 
 
-Message = Request | Receipt | Refusal | Heartbeat
+Message = Request | Taken | Receipt | Refusal | Heartbeat
 
 
 class Codec:

@@ -4,8 +4,8 @@ Mooncake answers with codes and guards nothing: a call on a closed client is a
 SIGSEGV, unpinned objects vanish silently, and a full store fails at once.  This
 wrapper turns codes into named errors and makes each of those impossible.
 
-An object is the raw memory of one contiguous tensor [T, A + 1, H]; its shape
-and type travel in the receipt.  Every object can be lost with its owner.
+An object is the raw memory of one contiguous tensor [T, A + 1, H]; its shape,
+type and checksum travel in the receipt.  Every object can be lost with its owner.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ import torch
 from torchspec_hpc.config.endpoints import Endpoints
 from torchspec_hpc.config.transfer_schema import MooncakeConfig
 from torchspec_hpc.errors import ConfigError, TorchspecError
+from torchspec_hpc.transfer.checksum import checksum
 from torchspec_hpc.transfer.mooncake_client import StoreUnavailable, open_client
 
 _OK = 0
 _NO_SPACE = -200
+_INVALID = -600
 _INCOMPLETE = -703
 _NOT_FOUND = -704
 _FIRST_PAUSE_S = 0.002
@@ -46,7 +48,7 @@ class StoreError(TorchspecError):
 #: Mooncake's return codes that mean something to us (mooncake-store/include/types.h)
 _CODES: dict[int, tuple[type[TorchspecError], str]] = {
     _NO_SPACE: (StoreFull, "no room in any segment"),
-    -600: (StoreError, "invalid parameters: buffer too small, or memory registered twice"),
+    _INVALID: (StoreError, "invalid parameters: buffer too small, or memory registered twice"),
     _INCOMPLETE: (ObjectGone, "the object was never written to its end"),
     _NOT_FOUND: (ObjectGone, "there is no such object, or the segment it went to is gone"),
     -706: (StoreError, "the object has a lease"),
@@ -101,13 +103,16 @@ class HiddenStateStore:
         with self._calling() as client:
             return str(client.get_hostname())
 
-    def put(self, key: str, tensor: torch.Tensor, segment: str) -> None:
+    def put(self, key: str, tensor: torch.Tensor, segment: str) -> int | None:
         """Stores a tensor, pinned until it is removed; waits while the store is full.
 
         Args:
             key: New and unique: Mooncake keeps the old value of a key it knows.
             tensor: [T, A + 1, H], contiguous.
             segment: Segment to prefer; others are used when it is full or gone.
+
+        Returns:
+            Checksum of the tensor; None without ``mooncake.checksum``, or on a GPU.
 
         Raises:
             ConfigError: The tensor is larger than a whole segment.
@@ -124,6 +129,7 @@ class HiddenStateStore:
                 allowed="a segment that holds at least one sample, better several",
                 hint="raise mooncake.global_segment_size or lower training.max_seq_length",
             )
+        found = checksum(tensor) if self._config.checksum and not tensor.is_cuda else None
         placement = _placement(segment)
         deadline = time.monotonic() + self._config.put_deadline_s
         pause_s = _FIRST_PAUSE_S
@@ -137,21 +143,33 @@ class HiddenStateStore:
                 pause_s = min(2 * pause_s, _LAST_PAUSE_S)
         if code != _OK:
             raise self._error(code, f"put {key!r} of {num_bytes} bytes")
+        return found
 
-    def get_into(self, key: str, buffer: torch.Tensor) -> None:
+    def get_into(self, key: str, buffer: torch.Tensor, expected: int | None = None) -> None:
         """Fills a contiguous tensor with an object of exactly its size.
 
+        Args:
+            key: As put.
+            buffer: On the CPU.
+            expected: What :meth:`put` returned; None: its content is not checked.
+
         Raises:
-            ObjectGone: The object is missing, lost, or of another size.
+            ObjectGone: The object is missing, lost, damaged, or of another size.
             StoreUnavailable: The master does not answer.
         """
         pointer, num_bytes = _memory_of(buffer)
         with self._known(buffer), self._calling() as client:
             code = client.get_into(key, pointer, num_bytes)
+        if code == _INVALID:  # registered it is: so it is too small
+            raise ObjectGone(
+                f"get {key!r}: the object has more than the expected {num_bytes} bytes"
+            )
         if code < 0:
             raise self._error(code, f"get {key!r}")
         if code != num_bytes:
             raise ObjectGone(f"get {key!r}: {code} bytes came, {num_bytes} were expected")
+        if expected is not None and (found := checksum(buffer)) != expected:
+            raise ObjectGone(f"get {key!r}: its checksum is {found:08x}, expected {expected:08x}")
 
     def remove(self, key: str) -> None:
         """Removes an object at once; it is fine if there is none.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 
 import torch
 
 from torchspec_hpc.errors import DeadlineExceeded
+
+_RETRY_PAUSE_S = 0.1  # after the first failure, four times as long after each further one
 
 
 @dataclass
@@ -41,6 +44,12 @@ class Ticket:
     def settled(self) -> bool:
         """Whether nothing more is to be done for it."""
         return self.states is not None or self.error is not None
+
+    def postpone(self, status: str, limit_s: float = math.inf) -> None:
+        """Has a failed request sent again after a pause: what broke may need a moment."""
+        self.status, self.place = status, 0
+        pause_s = _RETRY_PAUSE_S * 4 ** (len(self.keys) - 1)
+        self.due = time.monotonic() + min(pause_s, limit_s)
 
     def too_late(self) -> DeadlineExceeded:
         """The error that says what was waited for, and what became of it."""
