@@ -16,6 +16,7 @@ from torchspec_hpc.transfer.messages import (
     Receipt,
     Refusal,
     Request,
+    Taken,
     decode_tokens,
     encode_tokens,
 )
@@ -38,13 +39,16 @@ messages = st.one_of(
         st.tuples(counts, counts, counts),
         st.text(),
         counts,
+        st.one_of(st.none(), counts),
     ),
+    st.builds(Taken, st.text(), counts, st.text()),
     st.builds(Refusal, st.text(), st.text(), st.text(), st.booleans()),
     st.builds(
         Heartbeat,
         st.text(),
         counts,
         st.floats(allow_nan=False),
+        st.text(),
         st.dictionaries(st.text(), scalars),
     ),
 )
