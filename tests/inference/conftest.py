@@ -154,6 +154,13 @@ class Reference:
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
     @torch.inference_mode()
+    def continues(self, token_ids: np.ndarray, num_tokens: int) -> list[int]:
+        """The greedy answer."""
+        ids = torch.from_numpy(token_ids.astype(np.int64))[None]
+        whole = self.model.generate(ids, do_sample=False, max_new_tokens=num_tokens)
+        return whole[0, token_ids.size :].tolist()
+
+    @torch.inference_mode()
     def check(self, token_ids: np.ndarray, states: torch.Tensor, tolerance: float = 2e-5) -> None:
         """Compares ``states [T, A + 1, H]`` with Transformers' hidden states."""
         ids = torch.from_numpy(token_ids.astype(np.int64))[None]

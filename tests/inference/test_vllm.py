@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -25,7 +26,7 @@ from tests.inference.conftest import (
 from torchspec_hpc.config.endpoints import Endpoints
 from torchspec_hpc.inference.engines.base import PromptRefused
 from torchspec_hpc.inference.engines.vllm import VllmEngine
-from torchspec_hpc.transfer.messages import Receipt, Refusal
+from torchspec_hpc.transfer.messages import Generation, Receipt, Refusal, decode_tokens
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -162,3 +163,41 @@ def test_rows_alone_do_not_depend_on_history(engine: VllmEngine, requester: Requ
     results = requester.run(engine, [requester.request(i) for i in [*others, ids]])
     shared = requester.fetch(results[-1].key, results[-1].shape)
     assert relative_error(shared, seen[0]) < 1e-5
+
+
+def test_the_target_answers_first(
+    engine: VllmEngine, requester: Requester, reference: Reference
+) -> None:
+    """Greedy answers are those of Transformers; states are of prompt and answer."""
+    lengths = [1, 31, 32, 70, 190]
+    prompts = random_prompts(lengths, seed=11)
+    greedy = Generation(max_tokens=40, temperature=0.0, top_p=1.0, seed=0, stop_token_ids=())
+    requests = [
+        msgspec.structs.replace(requester.request(ids), generation=greedy) for ids in prompts
+    ]
+    for ids, receipt in zip(prompts, requester.run(engine, requests), strict=True):
+        answer = decode_tokens(receipt.answer)
+        assert answer.tolist() == reference.continues(ids, min(40, 200 - ids.size))
+        whole = np.concatenate([ids, answer])
+        reference.check(whole, requester.fetch(receipt.key, receipt.shape))
+
+
+def test_an_answer_ends_with_a_stop_token(engine: VllmEngine, requester: Requester) -> None:
+    [ids] = random_prompts([30], seed=13)
+    free = Generation(max_tokens=20, temperature=0.0, top_p=1.0, seed=0, stop_token_ids=())
+    request = requester.request(ids)
+    [reply] = requester.run(engine, [msgspec.structs.replace(request, generation=free)])
+    words = decode_tokens(reply.answer).tolist()
+    stop = msgspec.structs.replace(free, stop_token_ids=(words[3],))
+    request = requester.request(ids)
+    [stopped] = requester.run(engine, [msgspec.structs.replace(request, generation=stop)])
+    expected = words[: words.index(words[3]) + 1]
+    assert decode_tokens(stopped.answer).tolist() == expected
+    assert stopped.shape[0] == ids.size + len(expected)
+
+
+def test_no_room_for_an_answer(engine: VllmEngine, requester: Requester) -> None:
+    generation = Generation(max_tokens=5, temperature=0.0, top_p=1.0, seed=0, stop_token_ids=())
+    request = requester.request(random_prompts([200])[0])
+    with pytest.raises(PromptRefused, match="200 tokens, which leaves no room for an answer"):
+        engine.admit(msgspec.structs.replace(request, generation=generation))

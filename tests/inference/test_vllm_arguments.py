@@ -15,6 +15,7 @@ from torchspec_hpc.inference.engines.base import EngineContext
 from torchspec_hpc.inference.engines.vllm_arguments import (
     capture_arguments,
     check_extra_args,
+    check_generation,
     environment,
     llm_arguments,
     max_prompts,
@@ -121,3 +122,10 @@ def test_extra_args_that_pass(context: Any) -> None:
     settings = {"extra_args": {"block_size": 32, "enable_prefix_caching": True}}
     inference = context(vllm=settings).config.inference
     check_extra_args(inference, {"block_size", "enable_prefix_caching"})
+
+
+def test_no_sampled_answers_on_a_cpu(context: Any) -> None:
+    check_generation(context(respond="dataset"))
+    check_generation(context(respond="target", generation={"temperature": 0.0}))
+    with pytest.raises(ConfigError, match=r"temperature is 0\.5 and the engine runs on a CPU"):
+        check_generation(context(respond="target", generation={"temperature": 0.5}))

@@ -25,6 +25,15 @@ class VllmConfig(Section):
     )
 
 
+class GenerationConfig(Section):
+    """How the target answers where ``respond`` is ``target``."""
+
+    max_tokens: int = Field(512, ge=1, description="Longest answer, end of turn included.")
+    temperature: float = Field(1.0, ge=0, description="1: the target's own distribution; 0: greedy")
+    top_p: float = Field(1.0, gt=0, le=1, description="Share of probability to sample from; 1: all")
+    seed: int = Field(0, ge=0, description="Of the answers; each sample has its own numbers.")
+
+
 class InferenceConfig(Section):
     """The engines that turn token ids into hidden states."""
 
@@ -44,6 +53,12 @@ class InferenceConfig(Section):
     batch_invariant: bool = Field(
         False, description="Rows must not depend on their batch: slower, bit-reproducible."
     )
+    respond: Literal["dataset", "target"] = Field(
+        "dataset",
+        description="dataset: train on its answers; target: the engine writes the last answer of"
+        " each conversation itself, and only that is trained on.",
+    )
+    generation: GenerationConfig = GenerationConfig()
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Of the target and its states; auto: the target's, float32 on CPU."
     )
@@ -88,6 +103,15 @@ class InferenceConfig(Section):
             raise ValueError(
                 f"inference_num_gpus_per_node = {per_node} is no multiple of "
                 f"inference_num_gpus_per_engine = {per_engine}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_answer(self) -> InferenceConfig:
+        if self.respond == "target" and self.engine != "vllm":
+            raise ValueError(
+                f"respond = target with engine {self.engine}, which generates nothing; "
+                "allowed: engine vllm"
             )
         return self
 

@@ -38,17 +38,19 @@ class Destination:
         key: Name of the object in the store.
         segment: The memory segment to prefer.
         reply_to: Rank of the trainer that asked.
+        answer: Tokens that were generated for it, as a receipt carries them.
     """
 
     ticket: str
     key: str
     segment: str
     reply_to: int
+    answer: bytes = b""
 
     @classmethod
-    def of(cls, request: Request) -> Destination:
+    def of(cls, request: Request, answer: bytes = b"") -> Destination:
         """The destination that a request names."""
-        return cls(request.ticket, request.key, request.segment, request.reply_to)
+        return cls(request.ticket, request.key, request.segment, request.reply_to, answer)
 
 
 class Delivery:
@@ -172,7 +174,7 @@ class Delivery:
         else:
             shape = (states.shape[0], states.shape[1], states.shape[2])
             dtype = str(states.dtype).removeprefix("torch.")
-            reply = Receipt(to.ticket, to.key, shape, dtype, self._rank, checksum)
+            reply = Receipt(to.ticket, to.key, shape, dtype, self._rank, checksum, to.answer)
         self._control.push_reply(to.reply_to, reply)
 
     def _done(self, num_bytes: int, future: Future[None]) -> None:

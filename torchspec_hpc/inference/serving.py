@@ -110,7 +110,7 @@ class Server:
             request, self._held = self._held or self._pop(), None
             if request is None:
                 return
-            num_tokens = len(request.tokens)
+            num_tokens = _most_tokens(request)
             if self._num_open and self._open_tokens + num_tokens > self._engine.max_tokens:
                 self._held = request  # the next one to be admitted
                 return
@@ -139,11 +139,10 @@ class Server:
         self._progress.steps += 1
         self._progress.busy_s += time.monotonic() - start
         for end in finished:
-            num_tokens = len(end.request.tokens)
             self._num_open -= 1
-            self._open_tokens -= num_tokens
+            self._open_tokens -= _most_tokens(end.request)
             if end.problem is None:
-                self._progress.tokens += num_tokens
+                self._progress.tokens += len(end.request.tokens) + end.num_answer_tokens
             else:
                 self._refuse(end.request, end.problem, permanent=False)
 
@@ -152,3 +151,8 @@ class Server:
         logger.warning("refused %s: %s", request.ticket, reason)
         refusal = Refusal(request.ticket, request.key, reason, permanent)
         self._control.push_reply(request.reply_to, refusal)
+
+
+def _most_tokens(request: Request) -> int:
+    """Of its prompt and the longest answer."""
+    return len(request.tokens) + (request.generation.max_tokens if request.generation else 0)

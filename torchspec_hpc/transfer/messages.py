@@ -30,6 +30,24 @@ class MessageError(TorchspecError):
     """A control message that must not be used: forged, damaged or too large."""
 
 
+class Generation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How the target continues a prompt before its states are captured.
+
+    Attributes:
+        max_tokens: Longest answer, end-of-turn token included.
+        temperature: 0 is greedy.
+        top_p: Share of probability that is sampled from.
+        seed: Of this sample's own random numbers: they are nobody else's, on any engine.
+        stop_token_ids: Ids that end the answer, besides those the target's files name.
+    """
+
+    max_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    stop_token_ids: tuple[int, ...]
+
+
 class Request(msgspec.Struct, frozen=True, tag="request", forbid_unknown_fields=True):
     """A trainer asks for the hidden states of one sample.
 
@@ -40,6 +58,7 @@ class Request(msgspec.Struct, frozen=True, tag="request", forbid_unknown_fields=
         segment: Mooncake segment to put the object in, if there is room.
         key: Mooncake key of the object, unique to this try.
         token_ids: int32, little endian; see :func:`encode_tokens`.
+        generation: How the target answers first; None: the states of these tokens are wanted.
     """
 
     ticket: str
@@ -48,6 +67,7 @@ class Request(msgspec.Struct, frozen=True, tag="request", forbid_unknown_fields=
     segment: str
     key: str
     token_ids: bytes
+    generation: Generation | None = None
 
     @property
     def tokens(self) -> npt.NDArray[np.int32]:
@@ -65,6 +85,7 @@ class Receipt(msgspec.Struct, frozen=True, tag="receipt", forbid_unknown_fields=
         dtype: As torch calls it, without ``torch.``.
         engine: Inference rank that made them.
         checksum: What :meth:`HiddenStateStore.put` returned.
+        answer: Tokens that the target generated, the last of the T; empty: none were asked for.
     """
 
     ticket: str
@@ -73,6 +94,7 @@ class Receipt(msgspec.Struct, frozen=True, tag="receipt", forbid_unknown_fields=
     dtype: str
     engine: int
     checksum: int | None = None
+    answer: bytes = b""
 
 
 class Taken(msgspec.Struct, frozen=True, tag="taken", forbid_unknown_fields=True):

@@ -36,10 +36,12 @@ class Finished:
 
     Attributes:
         request: As it was admitted.
-        problem: Why they are not captured after all; None: they are.
+        num_answer_tokens: Tokens that were generated for it.
+        problem: Why its states are not captured after all; None: they are.
     """
 
     request: Request
+    num_answer_tokens: int = 0
     problem: str | None = None
 
 

@@ -14,7 +14,12 @@ from transformers import AutoModel
 
 from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.inference.delivery import Delivery, Destination
-from torchspec_hpc.inference.engines.base import EngineContext, Finished, check_prompt
+from torchspec_hpc.inference.engines.base import (
+    EngineContext,
+    Finished,
+    PromptRefused,
+    check_prompt,
+)
 from torchspec_hpc.transfer.messages import Request
 
 logger = logging.getLogger(__name__)
@@ -53,6 +58,8 @@ class HfEngine:
     def admit(self, request: Request) -> None:
         """See :class:`~torchspec_hpc.inference.engines.base.Engine`."""
         check_prompt(request.tokens, self._max_prompt_tokens, self._vocab_size)
+        if request.generation is not None:
+            raise PromptRefused("the Transformers engine generates no answers")
         self._open.append(request)
 
     def step(self) -> list[Finished]:

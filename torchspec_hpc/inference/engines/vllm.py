@@ -8,6 +8,8 @@ import logging
 import os
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from torchspec_hpc.errors import ConfigError
@@ -21,12 +23,15 @@ from torchspec_hpc.inference.engines.base import (
 from torchspec_hpc.inference.engines.vllm_arguments import (
     capture_arguments,
     check_extra_args,
+    check_generation,
     environment,
     llm_arguments,
     max_prompts,
 )
 from torchspec_hpc.inference.engines.vllm_tracking import CAPTURED, TRANSFER_PARAMS
-from torchspec_hpc.transfer.messages import Request
+from torchspec_hpc.transfer.messages import Generation, Request, encode_tokens
+
+TokenIds = npt.NDArray[np.int32]
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +44,7 @@ class VllmEngine:
 
     def __init__(self, context: EngineContext) -> None:
         inference = context.config.inference
+        check_generation(context)
         os.environ.update(environment(context))
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would override kv_cache_memory_bytes
         if inference.num_threads is not None:
@@ -76,35 +82,71 @@ class VllmEngine:
         self.max_prompts = _STEPS_AHEAD * max_prompts(context)
         self.max_tokens = _STEPS_AHEAD * int(scheduler.max_num_batched_tokens)
         self._serial = itertools.count()
-        self._open: dict[str, Request] = {}
+        # what vLLM is doing for a request: with an answer, be it empty, its states
+        self._open: dict[str, tuple[Request, TokenIds | None]] = {}
         logger.info("vLLM %s is ready: %s", vllm.__version__, arguments)
 
     def admit(self, request: Request) -> None:
         """See :class:`~torchspec_hpc.inference.engines.base.Engine`."""
         check_prompt(request.tokens, self._max_prompt_tokens, self._vocab_size)
-        params = self._sampling_params(
-            max_tokens=1,
-            temperature=0.0,
-            detokenize=False,
-            extra_args={TRANSFER_PARAMS: dataclasses.asdict(Destination.of(request))},
-        )
-        name = str(next(self._serial))
-        try:
-            self._engine.add_request(name, {"prompt_token_ids": request.tokens.tolist()}, params)
-        except self._refusals as error:
-            raise PromptRefused(f"vLLM refuses the prompt: {error}") from error
-        self._open[name] = request
+        if request.generation is None:
+            self._capture(request, np.zeros(0, np.int32))
+        else:
+            self._answer(request, request.generation)
 
     def step(self) -> list[Finished]:
         """See :class:`~torchspec_hpc.inference.engines.base.Engine`."""
-        return [self._finished(output) for output in self._engine.step() if output.finished]
+        finished = []
+        for output in self._engine.step():
+            if not output.finished:
+                continue
+            request, answer = self._open.pop(output.request_id)
+            if answer is None:  # now its states, and those of the prompt
+                self._capture(request, np.array(output.outputs[0].token_ids, np.int32))
+            elif (output.kv_transfer_params or {}).get(CAPTURED):
+                finished.append(Finished(request, answer.size))
+            else:
+                problem = "vLLM finished the prompt without capturing its states"
+                finished.append(Finished(request, problem=problem))
+        return finished
 
     def close(self) -> None:
         """See :class:`~torchspec_hpc.inference.engines.base.Engine`."""
         self._engine.engine_core.shutdown()
 
-    def _finished(self, output: Any) -> Finished:
-        request = self._open.pop(output.request_id)
-        if (output.kv_transfer_params or {}).get(CAPTURED):
-            return Finished(request)
-        return Finished(request, "vLLM finished the prompt without capturing its states")
+    def _answer(self, request: Request, generation: Generation) -> None:
+        room = self._max_prompt_tokens - len(request.tokens)
+        if room == 0:
+            raise PromptRefused(
+                f"the prompt has {len(request.tokens)} tokens, which leaves no room for an answer "
+                "(training.max_seq_length)"
+            )
+        params = self._sampling_params(
+            max_tokens=min(generation.max_tokens, room),
+            temperature=generation.temperature,
+            top_p=generation.top_p,
+            seed=generation.seed,
+            stop_token_ids=list(generation.stop_token_ids),
+            detokenize=False,
+        )
+        self._add(request.tokens, params, (request, None))
+
+    def _capture(self, request: Request, answer: TokenIds) -> None:
+        destination = Destination.of(request, encode_tokens(answer))
+        params = self._sampling_params(
+            max_tokens=1,
+            temperature=0.0,
+            detokenize=False,
+            extra_args={TRANSFER_PARAMS: dataclasses.asdict(destination)},
+        )
+        self._add(np.concatenate([request.tokens, answer]), params, (request, answer))
+
+    def _add(
+        self, token_ids: TokenIds, params: Any, entry: tuple[Request, TokenIds | None]
+    ) -> None:
+        name = str(next(self._serial))
+        try:
+            self._engine.add_request(name, {"prompt_token_ids": token_ids.tolist()}, params)
+        except self._refusals as error:
+            raise PromptRefused(f"vLLM refuses the prompt: {error}") from error
+        self._open[name] = entry

@@ -46,6 +46,28 @@ def max_prompts(context: EngineContext) -> int:
     return 1 if alone else inference.inference_batch_size
 
 
+def check_generation(context: EngineContext) -> None:
+    """Refuses sampled answers on a CPU.
+
+    The engine that captures is a speculative one to vLLM, and its rejection sampler for CPUs
+    does not draw from the target's distribution (0.32: at temperature 0.01 tokens that are not
+    the likeliest come out, and another request of the batch repeats its first one for ever).
+
+    Raises:
+        ConfigError: The answers are to be sampled, and the engine runs on a CPU.
+    """
+    inference = context.config.inference
+    temperature = inference.generation.temperature
+    if inference.respond == "target" and context.device == "cpu" and temperature > 0:
+        raise ConfigError(
+            f"inference.generation.temperature is {temperature} and the engine runs on a CPU, "
+            "where vLLM samples wrong tokens while it captures",
+            allowed="0 on a CPU",
+            hint="set inference.generation.temperature=0, or answer beforehand with"
+            " torchspec-hpc data regenerate",
+        )
+
+
 def environment(context: EngineContext) -> dict[str, str]:
     """Environment variables to set before vLLM is imported: what its arguments cannot say."""
     inference = context.config.inference
