@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.slurm.cluster import Cluster
-from torchspec_hpc.slurm.scheduler import GONE, JobInfo, job_infos, parse_sacct
+from torchspec_hpc.slurm.job_info import GONE, JobInfo, parse_sacct
+from torchspec_hpc.slurm.scheduler import job_infos
 
 #: As sacct printed it on a cluster with slurmdbd: het jobs are J+0, J+1.
 SACCT = """\

@@ -20,10 +20,10 @@ from torchspec_hpc.config.rundir import RunDir
 from torchspec_hpc.config.schema import Config
 from torchspec_hpc.errors import ConfigError, UserError
 from torchspec_hpc.slurm.prepare import (
-    RunRecord,
     header_settings,
     prepare_run,
 )
+from torchspec_hpc.slurm.record import RunRecord
 from torchspec_hpc.slurm.scheduler import count_nodes, find_jobs, job_info
 from torchspec_hpc.slurm.submit import submit
 

@@ -22,10 +22,10 @@ from torchspec_hpc.slurm import watch
 from torchspec_hpc.slurm.attempts import Attempt, History
 from torchspec_hpc.slurm.failures import read_failures, root_cause
 from torchspec_hpc.slurm.job import Job, JobFate, read_fate
+from torchspec_hpc.slurm.job_info import JobInfo
 from torchspec_hpc.slurm.local import LocalLauncher, split_gpus
 from torchspec_hpc.slurm.processes import Child
 from torchspec_hpc.slurm.requeue import Ending, Rules, decide
-from torchspec_hpc.slurm.scheduler import JobInfo
 from torchspec_hpc.slurm.services import Services
 from torchspec_hpc.slurm.srun import own_ip
 from torchspec_hpc.slurm.steps import Step, worker_environment
@@ -94,7 +94,11 @@ def test_a_controller_that_restarts_is_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = tmp_path / "calls"
-    for name, answer in {"squeue": "7|RUNNING|0|0|None|n1|", "scontrol": "", "sacct": ""}.items():
+    for name, answer in {
+        "squeue": "7|RUNNING|0|0|None|n1|p|1|N/A|1:00|N/A|",
+        "scontrol": "",
+        "sacct": "",
+    }.items():
         client = tmp_path / name
         client.write_text(
             f"#!/bin/sh\necho {name} >> {calls}\n[ $(grep -c {name} {calls}) -gt 2 ] || exit 1\n"

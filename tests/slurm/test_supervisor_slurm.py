@@ -12,7 +12,7 @@ import pytest
 from tests.slurm.cluster import Cluster, Layout
 from tests.slurm.fake_workers.plan import Plan
 from tests.slurm.supervised import ROOT, Run, make_run
-from torchspec_hpc.slurm.prepare import RunRecord
+from torchspec_hpc.slurm.record import RunRecord
 from torchspec_hpc.slurm.render import render_script
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]

@@ -14,6 +14,8 @@ from typing import Annotated
 import typer
 
 from torchspec_hpc import __version__
+from torchspec_hpc.cli import run_commands, submit_commands
+from torchspec_hpc.cli.arguments import ConfigFile, Overrides, Resume, RunPath
 from torchspec_hpc.cli.export_command import export
 from torchspec_hpc.errors import TorchspecError, exit_code_of
 
@@ -24,13 +26,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. training.learning_rate=5e-5."),
-]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -50,7 +45,7 @@ def root(
 def run(
     config: ConfigFile,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option(help="Go on with a run that exists.")] = False,
+    resume: Resume = False,
 ) -> None:
     """Run here, in the foreground, without Slurm."""
     from torchspec_hpc.cli.progress import watch_metrics
@@ -66,31 +61,8 @@ def run(
     raise typer.Exit(code)
 
 
-@app.command()
-def submit(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option(help="Go on with a run that exists.")] = False,
-) -> None:
-    """Submit one heterogeneous Slurm job: engines, trainers, and all between them."""
-    from torchspec_hpc.config import load_config
-    from torchspec_hpc.slurm.submit import submit as submit_run
-
-    submitted = submit_run(load_config(config, overrides or ()), resume=resume)
-    print(f"job {submitted.job_id}  run directory: {submitted.run.root}")
-
-
-@app.command()
-def render(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Print the batch script that submit would send, and submit nothing."""
-    from torchspec_hpc.config import load_config
-    from torchspec_hpc.slurm.prepare import run_directory
-    from torchspec_hpc.slurm.render import render_script
-
-    settings = load_config(config, overrides or ())
-    print(render_script(settings, run_directory(settings)))
-
-
+app.add_typer(submit_commands.app)
+app.add_typer(run_commands.app)
 app.command()(export)
 
 
@@ -141,3 +113,7 @@ def main() -> None:
     except TorchspecError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(exit_code_of(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,11 +1,10 @@
-"""Heterogeneous jobs through submitit, which has none of its own (checked with 1.5).
+"""Jobs of two groups through submitit, which has none of its own (checked with 1.5).
 
-A het job is one batch script whose last line is the command to run, so that is what this
-executor takes: ``executor.submit(submitit.helpers.CommandFunction([...]))``.  Nothing is
-pickled and submitit does not run inside the job, for good reasons: it would install its own
-handler for the warning before the time limit, and it takes one result from one step where a
-het job has several.  What stays is its interface: ``job.state``, ``job.done()``, ``job.wait()``,
-``job.result()`` (the exit code, 0, or an error that shows the log), ``job.cancel()``.
+A job is one batch script whose last line is what to run: a command (``executor.submit(
+submitit.helpers.CommandFunction([...]))``, what ``submit`` uses) or a function, which submitit
+pickles and calls on the script's node.  It takes one result from one process, where a job has
+many: whatever starts there starts the steps.  The rest is submitit's interface: ``job.state``,
+``job.done()``, ``job.wait()``, ``job.result()``, ``job.cancel()``, ``job.stdout()``.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import logging
 import shlex
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,29 @@ from submitit.slurm.slurm import SlurmExecutor, SlurmInfoWatcher, SlurmJob
 
 from torchspec_hpc.config.rundir import RunDir
 from torchspec_hpc.config.schema import Config
+from torchspec_hpc.slurm.job_info import ENDED, GONE
 from torchspec_hpc.slurm.render import WARNING_SIGNAL, render_script
-from torchspec_hpc.slurm.scheduler import (
-    ENDED,
-    GONE,
-    SchedulerError,
-    job_infos,
-    sbatch_command,
-)
+from torchspec_hpc.slurm.runtime import Runtime
+from torchspec_hpc.slurm.scheduler import SchedulerError, job_infos, sbatch_command
+from torchspec_hpc.slurm.snapshot import snapshot_code
 
 logger = logging.getLogger(__name__)
+
+#: What we override or call of submitit beyond its documentation; a test compares it with the
+#: installed version.
+PRIVATE_API = {
+    SlurmInfoWatcher: ("update", "is_done", "get_state", "get_info"),
+    SlurmJob: ("_get_outcome_and_result", "_interrupt"),
+    SlurmExecutor: (
+        "_internal_process_submissions", "_make_submission_file_text",
+        "_make_submission_command", "_num_tasks", "_submit_command", "_submitit_command_str",
+    ),
+}  # fmt: skip
 
 _TAIL_LINES = 20
 
 
-class HetSlurmWatcher(SlurmInfoWatcher):
+class RunWatcher(SlurmInfoWatcher):
     """Asks for all jobs of this process at once, and knows when a het job is over.
 
     submitit asks ``sacct``, which many clusters do not run, for job ``12`` and is told about
@@ -70,7 +78,7 @@ class HetSlurmWatcher(SlurmInfoWatcher):
         return self.get_state(job_id, mode=mode) in ENDED
 
 
-class HetJobPaths(JobPaths):
+class RunJobPaths(JobPaths):
     """Files of a job of `run`; the folder is that of its first attempt."""
 
     @property
@@ -94,17 +102,23 @@ class HetJobPaths(JobPaths):
         return self.stdout
 
 
-class HetSlurmJob(SlurmJob[int]):
-    """A submitted het job; its result is the exit code of the command."""
+class RunJob(SlurmJob[Any]):
+    """A submitted job; its result is the exit code of a command, or what a function returns."""
 
-    watcher = HetSlurmWatcher(delay_s=40)
+    watcher = RunWatcher(delay_s=40)
+
+    def __init__(self, folder: Path | str, job_id: str, tasks: Sequence[int] = (0,)) -> None:
+        # squeue and sacct call the leader of a het job J+0
+        super().__init__(folder, job_id.partition("+")[0], tasks)
 
     @property
-    def paths(self) -> HetJobPaths:
+    def paths(self) -> RunJobPaths:
         """Files of this job."""
-        return HetJobPaths(self._paths.folder, job_id=self.job_id)
+        return RunJobPaths(self._paths.folder, job_id=self.job_id)
 
-    def _get_outcome_and_result(self) -> tuple[str, int | str]:
+    def _get_outcome_and_result(self) -> tuple[str, Any]:
+        if self.paths.result_pickle.exists():  # of a function
+            return super()._get_outcome_and_result()
         info = self.watcher.get_info(self.job_id, mode="force")
         state = info["State"]
         if state == "COMPLETED" or (state == GONE and self.paths.run.done.exists()):
@@ -120,38 +134,53 @@ class HetSlurmJob(SlurmJob[int]):
         subprocess.check_call(["scancel", "--batch", f"--signal={signal}", self.job_id])
 
 
-class HetSlurmExecutor(SlurmExecutor):
-    """Submits one command as the batch script of a heterogeneous job.
+class RunExecutor(SlurmExecutor):
+    """Submits one command as the batch script of a run's job.
 
     Args:
-        config: Sizes and Slurm options of both components.
+        config: Sizes and Slurm options of both groups.
         run: The run directory.
         attempt: Number of the job's first attempt; the script is kept in its folder.
+        after: A job whose end this one waits for.
     """
 
-    job_class = HetSlurmJob
+    job_class = RunJob
 
-    def __init__(self, config: Config, run: RunDir, attempt: int = 0) -> None:
+    def __init__(
+        self, config: Config, run: RunDir, attempt: int = 0, after: str | None = None
+    ) -> None:
         super().__init__(folder=run.attempt_dir(attempt))
-        self._config, self._run = config, run
+        self._config, self._run, self._after = config, run, after
 
     def _internal_process_submissions(
         self, delayed_submissions: list[DelayedSubmission]
     ) -> list[Job[Any]]:
         if len(delayed_submissions) > 1:
             raise ValueError("Slurm has no arrays of heterogeneous jobs: submit one run at a time")
-        (delayed,) = delayed_submissions
-        function = delayed.function
-        if not isinstance(function, CommandFunction) or delayed.args or delayed.kwargs:
-            raise TypeError(f"a het job runs a CommandFunction without arguments, not {function!r}")
+        if not self._run.code.exists():
+            self._run.create()
+            snapshot_code(self._run)
         self.folder.mkdir(parents=True, exist_ok=True)
-        return [self._submit_command(shlex.join(function.command))]
+        function = delayed_submissions[0].function
+        if isinstance(function, CommandFunction):
+            return [self._submit_command(shlex.join(function.command))]
+        return super()._internal_process_submissions(delayed_submissions)
+
+    @property
+    def _submitit_command_str(self) -> str:
+        """Runs a pickled function; its warning is ours, not submitit's usual USR2."""
+        python = Runtime(self._config, self._run).node_python
+        known = ["SUBMITIT_EXECUTOR=slurm", f"SUBMITIT_PREEMPT_SIGNAL={WARNING_SIGNAL}"]
+        return shlex.join(
+            ["env", *known, python, "-u", "-m", "submitit.core._submit", str(self.folder)]
+        )
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:  # noqa: ARG002
         return render_script(self._config, self._run, shlex.split(command))
 
     def _make_submission_command(self, submission_file_path: Path) -> list[str]:
-        return sbatch_command(str(submission_file_path))
+        after = [f"--dependency=afterany:{self._after}"] if self._after else []
+        return sbatch_command(*after, str(submission_file_path))
 
     def _num_tasks(self) -> int:
         return 1  # the batch script; tasks of its steps are the supervisor's business

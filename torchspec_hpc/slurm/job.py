@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 
+from torchspec_hpc.slurm.job_info import JobInfo
 from torchspec_hpc.slurm.scheduler import (
     BACK_OFF_S,
-    JobInfo,
     NoSlurmClient,
     SchedulerError,
     insist,

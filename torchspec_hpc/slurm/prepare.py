@@ -11,7 +11,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torchspec_hpc.config.endpoints import create_secret
@@ -29,7 +28,7 @@ from torchspec_hpc.errors import (
 from torchspec_hpc.observe.provenance import provenance
 from torchspec_hpc.slurm.env import job_id, read_nodes
 from torchspec_hpc.slurm.inputs import check_inputs
-from torchspec_hpc.slurm.scheduler import find_jobs, job_info
+from torchspec_hpc.slurm.record import RunRecord, open_jobs
 from torchspec_hpc.slurm.snapshot import snapshot_code
 
 #: Keys of ``slurm`` that count in a script of one's own too; the others become its header.
@@ -37,32 +36,6 @@ _READ_IN_THE_JOB = {
     *("topology", "resume", "max_requeues", "network_interface", "runtime", "python"),
     *("cpus_per_task", "gpus", "gpu_type"),  # of a group: for the steps
 }
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """``run.json``: what the run is and as which job it runs.
-
-    Attributes:
-        run_id: As in the job's comment and in the endpoints.
-        cluster: ``slurm`` or ``local``.
-        job_id: Of the latest Slurm job; None for a local run.
-    """
-
-    run_id: str
-    cluster: str
-    job_id: str | None = None
-
-    @classmethod
-    def read(cls, run: RunDir) -> RunRecord | None:
-        """None where the directory holds no run."""
-        if not run.run_json.is_file():
-            return None
-        return cls(**json.loads(run.run_json.read_text(encoding="utf-8")))
-
-    def write(self, run: RunDir) -> None:
-        """Replaces ``run.json``, whole or not at all."""
-        write_atomic(run.run_json, asdict(self))
 
 
 def run_directory(config: Config) -> RunDir:
@@ -126,8 +99,6 @@ def check_run(run: RunDir, *, resume: bool) -> None:
 def check_not_queued(run: RunDir, *, own_job: str | None = None) -> None:
     """Refuses a second job for a run whose job waits or runs.
 
-    Jobs are found by the run id in their comment too, which no lost ``run.json`` can hide.
-
     Args:
         run: The run.
         own_job: A job that does not count.
@@ -135,14 +106,10 @@ def check_not_queued(run: RunDir, *, own_job: str | None = None) -> None:
     Raises:
         UserError: There is such a job.
     """
-    jobs = set(find_jobs(comment=run.run_id))
-    record = RunRecord.read(run)
-    if record and record.job_id and not job_info(record.job_id).ended:
-        jobs.add(record.job_id)
-    if jobs := jobs - {own_job}:
+    if jobs := sorted(set(open_jobs(run)) - {own_job}):
         raise UserError(
-            f"the run {run.root} waits or runs as job {', '.join(sorted(jobs))}",
-            hint=f"wait for its end, or: scancel {' '.join(sorted(jobs))}",
+            f"the run {run.root} waits or runs as job {', '.join(jobs)}",
+            hint=f"wait for its end, or: scancel {' '.join(jobs)}",
         )
 
 

@@ -8,28 +8,23 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 from torchspec_hpc.errors import TorchspecError, UserError
+from torchspec_hpc.slurm.job_info import (
+    GONE,
+    SACCT_FIELDS,
+    SQUEUE_FIELDS,
+    JobInfo,
+    parse_sacct,
+    parse_squeue,
+)
 
 logger = logging.getLogger(__name__)
-
-#: Our name for the state of a job that Slurm has forgotten: it ended a while ago.
-GONE = "GONE"
-#: States in which a job is over.
-ENDED = frozenset(
-    {
-        "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
-        "PREEMPTED", "REVOKED", "TIMEOUT", GONE,
-    }
-)  # fmt: skip
 
 _CLIENT_S = 60.0
 #: Seconds before each further try of what must not fail because the controller restarts.
 BACK_OFF_S = (2.0, 6.0, 16.0, 36.0)
-_SQUEUE_FIELDS = ("JobID", "State", "exit_code", "RestartCnt", "Reason", "NodeList")
-_SACCT_FIELDS = ("JobID", "State", "ExitCode", "NodeList")
 _ESTIMATE = re.compile(r"to start at (\S+) using")
 
 
@@ -44,43 +39,21 @@ class NoSlurmClient(UserError):
     """One of Slurm's programs is not installed here."""
 
 
-@dataclass(frozen=True)
-class JobInfo:
-    """State of one job; of a het job, that of its leader.
-
-    Attributes:
-        job_id: As sbatch gave it.
-        state: As Slurm spells it (``PENDING``, ``RUNNING``, ...), or :data:`GONE`.
-        exit_code: Of the batch script, once it ended.
-        restarts: How often the job was requeued, where Slurm says so.
-        reason: Why it waits, or why it ended.
-        nodes: Host list expression; empty before the start.
-    """
-
-    job_id: str
-    state: str
-    exit_code: int | None = None
-    restarts: int | None = None
-    reason: str = ""
-    nodes: str = ""
-
-    @property
-    def ended(self) -> bool:
-        """Whether nothing will happen to this job any more."""
-        return self.state in ENDED
-
-
-def job_infos(job_ids: Iterable[str]) -> dict[str, JobInfo]:
+def job_infos(job_ids: Iterable[str], *, whole_queue: bool = False) -> dict[str, JobInfo]:
     """State of several jobs at once: one ``squeue``, and ``sacct`` for what it does not know.
 
     The order matters: accounting is often off, lags behind, and calls a het job ``J+0``;
     the controller forgets a job minutes after its end.
 
+    Args:
+        job_ids: As sbatch gave them.
+        whole_queue: Look at everybody's jobs, to tell the place of these among them.
+
     Raises:
         SchedulerError: The controller does not answer.
     """
     wanted = list(job_ids)
-    found = _squeue(wanted)
+    found = _squeue(wanted, whole_queue=whole_queue) if wanted else {}
     if unknown := [job_id for job_id in wanted if job_id not in found]:
         found |= _sacct(unknown)
     return {job_id: found.get(job_id, JobInfo(job_id, GONE)) for job_id in wanted}
@@ -110,16 +83,26 @@ def find_jobs(comment: str) -> list[str]:
 
 
 def sbatch_command(*arguments: str) -> list[str]:
-    """``sbatch`` as if from a fresh login.
+    """``sbatch`` as if from a fresh login; see :func:`clean_environment`."""
+    return clean_environment("sbatch", *arguments)
+
+
+def clean_environment(*command: str, **variables: str) -> list[str]:
+    """A command of Slurm's as if from a fresh login.
 
     Variables that an enclosing job or a profile set (``SLURM_NTASKS``, ``SBATCH_PARTITION``, ...)
-    are options to sbatch, and would be inherited by the job. ``SLURM_CONF`` stays.
+    are options to it, and would be inherited by the job. ``SLURM_CONF`` stays.
+
+    Args:
+        command: The command.
+        variables: To set for it.
     """
     stale = [name for name in os.environ if name.startswith(("SLURM_", "SBATCH_"))]
     stale = sorted(set(stale) - {"SLURM_CONF"})
     if options := [name for name in stale if name.startswith("SBATCH_")]:
         logger.warning("%s have no effect on this job: use the configuration", ", ".join(options))
-    return ["env", *(f"--unset={name}" for name in stale), "sbatch", *arguments]
+    unset = [f"--unset={name}" for name in stale]
+    return ["env", *unset, *(f"{name}={value}" for name, value in variables.items()), *command]
 
 
 def check_submission(script: str) -> str | None:
@@ -210,57 +193,23 @@ def insist(ask: Callable[[], _T], back_off_s: Sequence[float] = BACK_OFF_S) -> _
     return ask()
 
 
-def _squeue(job_ids: Sequence[str]) -> dict[str, JobInfo]:
-    fields = ",".join(f"{name}:|" for name in _SQUEUE_FIELDS)
-    done = run_client(
-        ["squeue", "--noheader", "--states=all", f"--jobs={','.join(job_ids)}", "-O", fields]
-    )
+def _squeue(job_ids: Sequence[str], *, whole_queue: bool) -> dict[str, JobInfo]:
+    fields = ",".join(f"{name}:|" for name in SQUEUE_FIELDS)
+    which = ["--all"] if whole_queue else [f"--jobs={','.join(job_ids)}"]
+    done = run_client(["squeue", "--noheader", "--states=all", *which, "-O", fields])
     if done.returncode and "Invalid job id" not in done.stderr:
         raise SchedulerError(f"squeue failed: {done.stderr.strip()}")
-    infos = {}
-    for line in done.stdout.splitlines():
-        job_id, state, status, restarts, reason, nodes = line.split("|")[: len(_SQUEUE_FIELDS)]
-        infos[job_id] = JobInfo(
-            job_id,
-            state,
-            exit_code=_exit_code(status) if state in ENDED else None,
-            restarts=int(restarts),
-            reason=reason,
-            nodes=nodes,
-        )
-    return infos
+    return parse_squeue(done.stdout, job_ids, whole_queue=whole_queue)
 
 
 def _sacct(job_ids: Sequence[str]) -> dict[str, JobInfo]:
     try:
         done = run_client(
             ["sacct", "--allocations", "--noheader", "--parsable2", f"--jobs={','.join(job_ids)}",
-             f"--format={','.join(_SACCT_FIELDS)}"]
+             f"--format={','.join(SACCT_FIELDS)}"]
         )  # fmt: skip
     except NoSlurmClient:
         return {}
     if done.returncode:  # "Slurm accounting storage is disabled" is the usual reason
         logger.debug("sacct failed: %s", done.stderr.strip())
     return parse_sacct(done.stdout)
-
-
-def parse_sacct(output: str) -> dict[str, JobInfo]:
-    """Reads ``JobID|State|ExitCode|NodeList`` lines; component 0 (``J+0``) speaks for het job J."""
-    infos = {}
-    for line in output.splitlines():
-        name, state, status, nodes = line.split("|")[: len(_SACCT_FIELDS)]
-        job_id, _, component = name.partition("+")
-        if component not in ("", "0"):
-            continue
-        state = state.split()[0]  # CANCELLED by 1000
-        code = _exit_code(status) if state in ENDED else None
-        infos[job_id] = JobInfo(job_id, state, exit_code=code, nodes=nodes)
-    return infos
-
-
-def _exit_code(status: str) -> int:
-    """As squeue prints it, which is what wait(2) returned, or sacct, ``code:signal``."""
-    if ":" in status:
-        code, signal = map(int, status.split(":"))
-        return -signal if signal else code
-    return os.waitstatus_to_exitcode(int(status))

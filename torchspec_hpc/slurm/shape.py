@@ -42,7 +42,8 @@ class Component:
     """What one part of the batch script's header asks for.
 
     Attributes:
-        title: What it is for.
+        name: ``inference``, ``training``, or ``both``.
+        title: The same in a sentence.
         num_nodes: Nodes.
         tasks_per_node: Tasks of a node.
         cpus_per_task: CPUs of a task.
@@ -50,6 +51,7 @@ class Component:
         options: Partition and so on.
     """
 
+    name: str
     title: str
     num_nodes: int
     tasks_per_node: int
@@ -89,8 +91,8 @@ def components(config: Config) -> list[Component]:
     first = "this script runs on its first node"
     if config.slurm.topology == "het":
         return [
-            _component(inference, f"Component 0, inference: {first}."),
-            _component(training, "Component 1, training: one torchrun per node."),
+            _component("inference", inference, f"Component 0, inference: {first}."),
+            _component("training", training, "Component 1, training: one torchrun per node."),
         ]
     cpus = inference.cpus_per_node, training.cpus_per_node
     gpus = inference.gpus_per_node, training.gpus_per_node
@@ -110,6 +112,7 @@ def components(config: Config) -> list[Component]:
             )
     return [
         Component(
+            name="both",
             title=title,
             num_nodes=num_nodes,
             tasks_per_node=1,
@@ -126,8 +129,9 @@ def total_gpus(config: Config) -> int:
     return sum(p.num_nodes * p.gpus_per_node for p in parts if p.options.gpus != "none")
 
 
-def _component(group: Group, title: str) -> Component:
+def _component(name: str, group: Group, title: str) -> Component:
     return Component(
+        name=name,
         title=title,
         num_nodes=group.num_nodes,
         tasks_per_node=group.tasks_per_node,

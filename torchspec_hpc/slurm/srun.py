@@ -14,8 +14,8 @@ from torchspec_hpc.config.schema import Config
 from torchspec_hpc.errors import TorchspecError
 from torchspec_hpc.slurm.env import attempt, job_id, node_addresses, read_nodes
 from torchspec_hpc.slurm.job import Job, JobFate
-from torchspec_hpc.slurm.prepare import RunRecord
 from torchspec_hpc.slurm.processes import Child, shepherded
+from torchspec_hpc.slurm.record import RunRecord
 from torchspec_hpc.slurm.runtime import Runtime
 from torchspec_hpc.slurm.shape import Group, components, inference_group, training_group
 from torchspec_hpc.slurm.steps import (

@@ -13,17 +13,18 @@ from torchspec_hpc.config.rundir import RunDir
 from torchspec_hpc.config.schema import Config
 from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.slurm.attempts import History
-from torchspec_hpc.slurm.executor import HetSlurmExecutor
+from torchspec_hpc.slurm.executor import RunExecutor
 from torchspec_hpc.slurm.inputs import check_inputs
 from torchspec_hpc.slurm.prepare import (
-    RunRecord,
     check_not_queued,
     check_run,
     prepare_run,
     run_directory,
 )
+from torchspec_hpc.slurm.record import RunRecord
 from torchspec_hpc.slurm.render import render_script, supervisor_command
 from torchspec_hpc.slurm.scheduler import check_submission, count_nodes, refused
+from torchspec_hpc.slurm.shape import components
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +48,13 @@ class SubmittedRun:
         """Id of the het job's leader, which stands for the whole job."""
         return self.job.job_id
 
+    def as_json(self) -> dict[str, str | None]:
+        """Plain data."""
+        start = self.earliest_start
+        return {"job_id": self.job_id, "run": str(self.run.root), "earliest_start": start}
 
-def submit(config: Config, *, resume: bool = False) -> SubmittedRun:
+
+def submit(config: Config, *, resume: bool = False, after: str | None = None) -> SubmittedRun:
     """Submits the run and returns at once.
 
     Slurm is asked first whether it would take the job, so that a refused one leaves no trace.
@@ -56,6 +62,7 @@ def submit(config: Config, *, resume: bool = False) -> SubmittedRun:
     Args:
         config: The resolved configuration.
         resume: Go on with a run that exists, from its latest checkpoint.
+        after: A job whose end this one waits for, however that ends.
 
     Raises:
         ConfigError: ``cluster`` is not ``slurm``, or a setting cannot be written into a script.
@@ -68,10 +75,11 @@ def submit(config: Config, *, resume: bool = False) -> SubmittedRun:
     check_run(run, resume=resume)
     check_inputs(config)
     check_not_queued(run)
-    _check_disjoint(config)
+    check_disjoint(config)
     earliest_start = check_submission(render_script(config, run))
     prepare_run(config, resume=resume)
-    executor = HetSlurmExecutor(config, run, attempt=len(History(run).attempts))
+    attempt = len(History(run).attempts)
+    executor = RunExecutor(config, run, attempt=attempt, after=after)
     try:
         job = executor.submit(CommandFunction(supervisor_command(config, run)))
     except (FailedJobError, FailedSubmissionError) as error:
@@ -81,10 +89,17 @@ def submit(config: Config, *, resume: bool = False) -> SubmittedRun:
     return SubmittedRun(run=run, job=job, earliest_start=earliest_start)
 
 
-def _check_disjoint(config: Config) -> None:
-    """Components of a het job never share a node: with too few nodes it would wait for ever."""
-    needed = config.inference.num_nodes + config.training.training_num_nodes
-    partitions = [config.slurm.inference.partition, config.slurm.training.partition]
+def check_disjoint(config: Config) -> None:
+    """Components of a het job never share a node: with too few nodes it would wait for ever.
+
+    Raises:
+        ConfigError: The partitions have too few nodes.
+        UserError: There is no Slurm here.
+        SchedulerError: The controller does not answer.
+    """
+    parts = components(config)
+    needed = sum(part.num_nodes for part in parts)
+    partitions = [part.options.partition for part in parts]
     available = count_nodes(partitions)
     if available is not None and available < needed:
         names = ", ".join(sorted({name or "the default partition" for name in partitions}))
