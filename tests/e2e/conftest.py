@@ -86,6 +86,21 @@ def torchspec_hpc(
     )  # fmt: skip
 
 
+def engines_of(run: Path, rank: int | None = 0) -> list[int]:
+    """Processes of an engine of a run, its shepherd left out; None: the run's own, under Slurm."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_text().split("\0")
+        except OSError:  # ended meanwhile
+            continue
+        own = [""] if rank is None else ["--rank", str(rank)]
+        command = ["-m", "torchspec_hpc.inference.worker", "--run-dir", str(run), *own]
+        if words[1 : 1 + len(command)] == command:
+            found.append(int(path.parent.name))
+    return found
+
+
 def losses(run: Path) -> dict[int, float]:
     """Training loss by step; a step must stand in the file once."""
     records = [r for r in read_jsonl(run / "metrics.jsonl") if "train/loss" in r]

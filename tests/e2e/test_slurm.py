@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -12,8 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import ConfigWriter, losses, tiny_config, torchspec_hpc
-from tests.slurm.cluster import ENDED, Cluster, Layout
+from tests.e2e.conftest import (
+    ConfigWriter,
+    engines_of,
+    losses,
+    tiny_config,
+    torchspec_hpc,
+)
+from tests.slurm.cluster import ENDED, Cluster, Layout, wait_for
 from torchspec_hpc.config.yaml_io import dump_yaml
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(600)]
@@ -144,6 +151,34 @@ def test_by_hand_without_submitit(
     run = tmp_path / "runs" / "by-hand"
     finish(cluster, job, run)
     assert losses(run) == undisturbed(1)
+
+
+def test_engines_of_another_job_join_and_carry_on_alone(
+    cluster: Cluster, config_file: ConfigWriter, undisturbed: Undisturbed
+) -> None:
+    """The run's own engine hangs and is killed; the job that joined leaves when the run ends."""
+    config = config_file(
+        cluster="slurm",
+        training={"num_train_steps": STEPS},
+        control={"engine_restarts": 0, "heartbeat_s": 0.5},
+    )
+    job, run = submit(cluster, config)
+    wait_step(run, 3)
+    (own,) = engines_of(run, rank=None)
+    os.kill(own, signal.SIGSTOP)  # nothing goes on until another engine is there
+    done = torchspec_hpc("submit", "--join", run, "slurm.time=00:05:00", env=cluster.env)
+    assert done.returncode == 0, done.stderr
+    joined = done.stdout.split()[1]
+    ready = run / "control" / "ready"
+    wait_for(lambda: (ready / "inference_1000.json").is_file(), "the engine that joins", 120)
+    os.kill(own, signal.SIGKILL)
+    finish(cluster, job, run)
+    assert cluster.wait_state(joined, ENDED, 60)["JobState"] == "COMPLETED"
+    assert losses(run) == undisturbed(1)
+    log = (run / "logs" / "latest" / "supervisor.log").read_text()
+    assert "inference rank 0 has ended; engines left: 1" in log
+    assert "inference rank 1000 is ready" in log
+    assert not list((run / "control" / "joined").iterdir())
 
 
 @pytest.mark.vllm

@@ -24,12 +24,30 @@ EXIT_CHECK_FAILED = 3
 
 @app.command()
 def submit(
-    config: ConfigFile, overrides: Overrides = None, resume: Resume = False, json: Json = False
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="YAML file.")] = None,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    json: Json = False,
+    join: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Instead of CONFIG: more engines for a run."),
+    ] = None,
 ) -> None:
     """Submit one Slurm job: engines, trainers, and all between them."""
-    from torchspec_hpc.config import load_config
+    from torchspec_hpc.config import RunDir, load_config
     from torchspec_hpc.slurm.submit import submit as submit_run
+    from torchspec_hpc.slurm.submit_join import submit_join
 
+    if join is not None:
+        changes = [] if config is None else [str(config), *(overrides or ())]
+        job = submit_join(RunDir(join), changes)
+        if json:
+            print_json({"job_id": job, "run": str(join)})
+        else:
+            print(f"job {job}  joins the run: {join}")
+        return
+    if config is None:
+        raise typer.BadParameter("give a CONFIG, or --join RUN")
     submitted = submit_run(load_config(config, overrides or ()), resume=resume)
     if json:
         print_json(submitted.as_json())

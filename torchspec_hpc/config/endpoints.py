@@ -7,7 +7,7 @@ import os
 import secrets
 import socket
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from torchspec_hpc.config.rundir import RunDir, write_atomic
 from torchspec_hpc.errors import DeadlineExceeded, TorchspecError
@@ -24,7 +24,8 @@ class Endpoints:
         attempt: Counts from 0.
         control: ``host:port`` of the control store.
         mooncake_master: ``host:port`` of the Mooncake master.
-        addresses: Node name -> address by which the other nodes reach it.
+        addresses: Node name -> address by which the other nodes reach it, those of jobs that
+            have joined the run included.
     """
 
     run_id: str
@@ -49,7 +50,12 @@ class Endpoints:
                     hint=f"see the supervisor's log under {run.logs}",
                 )
             time.sleep(_POLL_S)
-        return cls(**json.loads(run.endpoints.read_text(encoding="utf-8")))
+        own = cls(**json.loads(run.endpoints.read_text(encoding="utf-8")))
+        joined = [
+            json.loads(path.read_text(encoding="utf-8")) for path in run.joined.glob("*.json")
+        ]
+        addresses = {node: a for job in joined for node, a in job["addresses"].items()}
+        return replace(own, addresses=addresses | own.addresses)
 
     def write(self, run: RunDir) -> None:
         """Publishes the endpoints, whole or not at all."""

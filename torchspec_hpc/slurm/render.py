@@ -32,20 +32,28 @@ def supervisor_command(config: Config, run: RunDir) -> list[str]:
     return [python, "-u", "-m", "torchspec_hpc.slurm.supervisor", "--run-dir", str(run.root)]
 
 
-def render_script(config: Config, run: RunDir, command: Sequence[str] | None = None) -> str:
+def render_script(
+    config: Config,
+    run: RunDir,
+    command: Sequence[str] | None = None,
+    parts: Sequence[Component] | None = None,
+    suffix: str = "",
+) -> str:
     """Renders the batch script.
 
     Args:
         config: The whole configuration; sizes come from ``inference`` and ``training``.
         run: Where the run lives; it need not exist yet.
         command: What to run instead of the supervisor.
+        parts: What to allocate instead of the run's own components.
+        suffix: Tells the job from the run's own, by its name and comment.
 
     Raises:
         ConfigError: A setting cannot be written into a script, memory is stated for one
             component only, or the groups do not fit on one node and are to share it.
     """
     slurm = config.slurm
-    first, *others = components(config)
+    first, *others = parts or components(config)
     if (slurm.inference.mem is None) != (slurm.training.mem is None):
         raise ConfigError(
             "slurm.inference.mem and slurm.training.mem: only one is set",
@@ -54,7 +62,7 @@ def render_script(config: Config, run: RunDir, command: Sequence[str] | None = N
     lines = [
         "#!/bin/bash",
         f"# Run {run.run_id}. {first.title}",
-        *_job_options(slurm, run),
+        *_job_options(slurm, run, suffix),
         *_component(slurm, first),
     ]
     for component in others:
@@ -76,11 +84,11 @@ def render_script(config: Config, run: RunDir, command: Sequence[str] | None = N
     return "\n".join(lines) + "\n"
 
 
-def _job_options(slurm: SlurmConfig, run: RunDir) -> list[str]:
+def _job_options(slurm: SlurmConfig, run: RunDir, suffix: str) -> list[str]:
     """Options of the job as a whole; Slurm takes them from component 0."""
     return [
-        _option("job-name", run.root.name),
-        _option("comment", run.run_id),
+        _option("job-name", run.root.name + suffix),
+        _option("comment", run.run_id + suffix),
         # sbatch expands %, of which only the job id's is meant
         _option("output", f"{run.job}/".replace("%", "%%") + run.batch_log("%j").name),
         "#SBATCH --open-mode=append",  # otherwise a requeued job empties the file

@@ -44,6 +44,15 @@ _OF_COMPONENT_0 = (
 )  # fmt: skip
 
 
+#: How ``srun`` treats engines.
+ENGINE_STEP = [
+    "--distribution=block",  # engines choose their GPUs by rank
+    "--kill-on-bad-exit=0",
+    "--wait=0",  # nor does the end of one end the others after a while
+    "--disable-status",  # forward the first SIGINT to the engines
+]
+
+
 class SlurmLauncher:
     """Starts the steps of both groups; this process is the job's batch script.
 
@@ -64,7 +73,7 @@ class SlurmLauncher:
         self._run, self._config, self.modules = run, config, modules
         self._runtime = Runtime(config, run)
         self._python = self._runtime.worker_python
-        self._environ = {k: v for k, v in environ.items() if not k.startswith(_OF_COMPONENT_0)}
+        self._environ = step_environment(environ)
         self._nodes = nodes = read_nodes(environ, config)
         self.addresses = node_addresses(dict.fromkeys(nodes.inference + nodes.training))
         here = nodes.inference[0]
@@ -85,11 +94,9 @@ class SlurmLauncher:
             logger.info("workers use cached files of the Hugging Face hub only (HF_HUB_OFFLINE=1)")
         group = inference_group(self._config)
         options = [
-            *self._resources(INFERENCE, group),
-            "--distribution=block",  # engines choose their GPUs by rank
-            "--kill-on-bad-exit=0",
-            "--wait=0",  # nor does the end of one end the others after a while
-            "--disable-status",  # forward the first SIGINT to the engines
+            *self._placement(INFERENCE),
+            *step_resources(group),
+            *ENGINE_STEP,
         ]
         command = shepherded(
             self._runtime.enter(self.modules.engine_command(self._run, self._python)),
@@ -103,7 +110,8 @@ class SlurmLauncher:
         """One task a node: torchrun."""
         training, group = self._config.training, training_group(self._config)
         options = [
-            *self._resources(TRAINING, group),
+            *self._placement(TRAINING),
+            *step_resources(group),
             # with kill-on-bad-exit a node that says "requeue me" would kill one that is
             # about to, and srun would say 143
             "--kill-on-bad-exit=0",
@@ -161,23 +169,24 @@ class SlurmLauncher:
             case "one_node":
                 return ["--exact"]  # leave the other group its CPUs and GPUs
 
-    def _resources(self, name: str, group: Group) -> list[str]:
-        """Everything that a step needs, in the words that the job was asked for with."""
-        options = group.options
-        num = (
-            f"{options.gpu_type}:{group.gpus_per_node}"
-            if options.gpu_type
-            else str(group.gpus_per_node)
-        )
-        gpus = {"gres": [f"--gres=gpu:{num}"], "gpus-per-node": [f"--gpus-per-node={num}"]}
-        return [
-            *self._placement(name),
-            f"--nodes={group.num_nodes}",
-            f"--ntasks={group.num_tasks}",
-            f"--ntasks-per-node={group.tasks_per_node}",
-            f"--cpus-per-task={options.cpus_per_task}",
-            *gpus.get(options.gpus, []),
-        ]
+
+def step_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Environment of the batch script without what contradicts the options of a step."""
+    return {k: v for k, v in environ.items() if not k.startswith(_OF_COMPONENT_0)}
+
+
+def step_resources(group: Group) -> list[str]:
+    """What a step needs, in the words that the job was asked for with."""
+    options, per_node = group.options, group.gpus_per_node
+    num = f"{options.gpu_type}:{per_node}" if options.gpu_type else str(per_node)
+    gpus = {"gres": [f"--gres=gpu:{num}"], "gpus-per-node": [f"--gpus-per-node={num}"]}
+    return [
+        f"--nodes={group.num_nodes}",
+        f"--ntasks={group.num_tasks}",
+        f"--ntasks-per-node={group.tasks_per_node}",
+        f"--cpus-per-task={options.cpus_per_task}",
+        *gpus.get(options.gpus, []),
+    ]
 
 
 def own_ip(address: str) -> str:

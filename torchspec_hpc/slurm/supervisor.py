@@ -110,7 +110,8 @@ class Supervisor:
     def _remove_traces(self) -> None:
         """Removes what an earlier attempt left and this one's workers would believe."""
         run = self._run
-        for path in (run.endpoints, run.stop, run.exit_codes, *run.ready.glob("*.json")):
+        files = [run.endpoints, run.stop, run.exit_codes]
+        for path in (*files, *run.ready.glob("*.json"), *run.joined.glob("*.json")):
             path.unlink(missing_ok=True)
         clear_failures(run)
 

@@ -161,7 +161,8 @@ class Watch:
     def _what_ended(self) -> Ending | None:
         """The failure of what the trainers need: the engines or a service."""
         code = self._inference.poll()
-        if code is not None and not self._engines.others_joined:
+        missed = not self._engines.others_joined and not self._run.done.exists()
+        if code is not None and missed:
             what = f"all engines have ended, the first with {code}, and the trainers need them"
             return self._failed(code or EXIT_CRASH, what, self._inference)
         try:
