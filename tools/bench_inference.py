@@ -136,12 +136,15 @@ def settings(mode: str, options: argparse.Namespace) -> dict[str, Any]:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """What one engine does; runs in the engine's process."""
     from torchspec_hpc.inference.engines.base import EngineContext
+    from torchspec_hpc.inference.placement import place
     from torchspec_hpc.target.spec import TargetSpec
 
     run = RunDir(options.run_dir)
     config = load_config(run.config)
     spec = TargetSpec.from_path(config.model.target_model_path)
-    context = EngineContext(config, run, Endpoints.read(run, 1), spec, rank=0)
+    context = EngineContext(
+        config, run, Endpoints.read(run, 1), spec, 0, place(config.inference, 0, 1)
+    )
     start = time.monotonic()
     if options.measure == PLAIN:
         prefill = plain_vllm(context)

@@ -49,10 +49,11 @@ def refuse(section: type[BaseModel], values: dict[str, Any], message: str) -> No
     ("values", "message"),
     [
         (engines(3, 2, 2, 2), "inference_num_gpus = 3 is no multiple"),
-        (engines(8, 8, 4, 8), "is more than inference_num_gpus_per_node = 4; allowed"),
+        (engines(6, 6, 4, 6), "is more than inference_num_gpus_per_node = 4; allowed"),
         (engines(6, 2, 3, 2), "inference_num_gpus_per_node = 3 is no multiple"),
         (engines(2, 2, 2), "vllm.tp_size = 1 and inference_num_gpus_per_engine = 2 differ"),
         (engines(2, 1, 2, 2), "vllm.tp_size = 2 and inference_num_gpus_per_engine = 1 differ"),
+        (engines(2, 2, 1, engine="hf"), "per_node = 1; allowed: engines that fit on one node"),
         (engines(2, 2, 2, engine="hf"), "per_engine = 2 with engine hf.*allowed: 1"),
     ],
 )
@@ -61,11 +62,18 @@ def test_engines_that_do_not_fit(values: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [engines(16, 8, 8, 8), engines(2, 2, 3, 2), engines(4, 1, 1), engines(3, 1, 2)]
+    "values",
+    [
+        engines(16, 8, 8, 8),
+        engines(16, 8, 4, 8),
+        engines(2, 2, 3, 2),
+        engines(4, 1, 1),
+        engines(3, 1, 2),
+    ],
 )
 def test_engines_that_fit(values: dict[str, Any]) -> None:
     group = InferenceConfig.model_validate(values)
-    assert group.num_engines <= group.num_nodes * group.engines_per_node
+    assert group.num_ranks <= group.num_nodes * group.ranks_per_node
 
 
 def test_evaluation_needs_data() -> None:

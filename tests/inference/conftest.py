@@ -17,6 +17,7 @@ from torchspec_hpc.config import Config, RunDir, parse_config, save_config
 from torchspec_hpc.config.endpoints import Endpoints
 from torchspec_hpc.config.rundir import write_atomic
 from torchspec_hpc.inference.engines.base import Engine, EngineContext
+from torchspec_hpc.inference.placement import place
 from torchspec_hpc.target.spec import TargetSpec
 from torchspec_hpc.transfer.control import ControlClient
 from torchspec_hpc.transfer.messages import Receipt, Refusal, Request, encode_tokens
@@ -78,7 +79,9 @@ def context_of(run: RunDir) -> EngineContext:
 
     config = load_config(run.config)
     spec = TargetSpec.from_path(config.model.target_model_path)
-    return EngineContext(config, run, Endpoints.read(run, 1), spec, rank=5)
+    return EngineContext(
+        config, run, Endpoints.read(run, 1), spec, 5, place(config.inference, 0, 1)
+    )
 
 
 @dataclass

@@ -20,6 +20,7 @@ from torchspec_hpc.inference.engines.vllm_arguments import (
     llm_arguments,
     max_prompts,
 )
+from torchspec_hpc.inference.placement import Placement
 from torchspec_hpc.target.spec import TargetSpec
 
 
@@ -33,7 +34,7 @@ def context(tmp_path: Path, tiny_target: Path, monkeypatch: pytest.MonkeyPatch) 
         config = tiny_config(tmp_path, tiny_target, inference=settings, training=training)
         endpoints = local_endpoints("127.0.0.1:1", "127.0.0.1:2")
         spec = TargetSpec.from_path(str(tiny_target))
-        return EngineContext(config, RunDir(tmp_path), endpoints, spec, rank=0)
+        return EngineContext(config, RunDir(tmp_path), endpoints, spec, 0, Placement(0, 0, 1, (0,)))
 
     return build
 

@@ -82,9 +82,19 @@ class InferenceConfig(Section):
         return min(self.inference_num_gpus, self.inference_num_gpus_per_node)
 
     @property
-    def engines_per_node(self) -> int:
-        """Engines that start on each node; the last node may have fewer."""
-        return self.num_gpus_per_node // self.inference_num_gpus_per_engine
+    def nodes_per_engine(self) -> int:
+        """Nodes that one engine spans."""
+        return -(-self.inference_num_gpus_per_engine // self.inference_num_gpus_per_node)
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes of the inference group: one for each node of each engine."""
+        return self.num_engines * self.nodes_per_engine
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Of those; the last node may have fewer."""
+        return max(1, self.num_gpus_per_node // self.inference_num_gpus_per_engine)
 
     @model_validator(mode="after")
     def _divides(self) -> InferenceConfig:
@@ -95,16 +105,22 @@ class InferenceConfig(Section):
                 f"inference_num_gpus_per_engine = {per_engine}"
             )
         if per_engine > per_node:
-            raise ValueError(
-                f"inference_num_gpus_per_engine = {per_engine} is more than "
-                f"inference_num_gpus_per_node = {per_node}; allowed: engines that fit on one node"
-            )
-        if self.num_gpus_per_node % per_engine:
+            self._check_several_nodes()
+        elif self.num_gpus_per_node % per_engine:
             raise ValueError(
                 f"inference_num_gpus_per_node = {per_node} is no multiple of "
                 f"inference_num_gpus_per_engine = {per_engine}"
             )
         return self
+
+    def _check_several_nodes(self) -> None:
+        per_engine, per_node = self.inference_num_gpus_per_engine, self.inference_num_gpus_per_node
+        if per_engine % per_node or self.engine != "vllm":
+            raise ValueError(
+                f"inference_num_gpus_per_engine = {per_engine} is more than "
+                f"inference_num_gpus_per_node = {per_node}; allowed: engines that fit on one node, "
+                "or, with engine vllm, that use all slots of several"
+            )
 
     @model_validator(mode="after")
     def _can_answer(self) -> InferenceConfig:

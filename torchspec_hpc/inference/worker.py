@@ -54,8 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(run.config)
         endpoints = Endpoints.read(run, config.control.service_ready_s)
         setup_logging(ROLE, arguments.rank, run, endpoints.attempt)
-        _take_devices(config, arguments.rank, arguments.num_ranks)
-        _serve(config, run, endpoints, arguments.rank)
+        placement = place(config.inference, arguments.rank, arguments.num_ranks)
+        _take_devices(config, placement.devices)
+        spec = TargetSpec.from_path(config.model.target_model_path)
+        context = EngineContext(config, run, endpoints, spec, arguments.rank, placement)
+        if placement.node == 0:
+            _serve(context)
+        else:
+            from torchspec_hpc.inference.engines.vllm_follower import follow
+
+            follow(context)
     except Dismissed as signal_name:
         logger.info("%s: leaving", signal_name)
     except Exception as error:  # noqa: BLE001 - the process's last line of defence
@@ -63,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_DONE
 
 
-def _serve(config: Config, run: RunDir, endpoints: Endpoints, rank: int) -> None:
+def _serve(context: EngineContext) -> None:
+    config, run, endpoints, rank = context.config, context.run, context.endpoints, context.rank
     with contextlib.ExitStack() as cleanup:
         control = ControlClient(
             endpoints.control, read_secret(run), timeout_s=config.control.service_ready_s
@@ -73,8 +82,7 @@ def _serve(config: Config, run: RunDir, endpoints: Endpoints, rank: int) -> None
         heartbeat = Heartbeat(control, rank, progress, config.control.heartbeat_s)
         heartbeat.start()
         cleanup.callback(heartbeat.stop)
-        spec = TargetSpec.from_path(config.model.target_model_path)
-        engine = create_engine(EngineContext(config, run, endpoints, spec, rank))
+        engine = create_engine(context)
         cleanup.callback(engine.close)
         progress.ready = True
         heartbeat.beat()
@@ -83,9 +91,8 @@ def _serve(config: Config, run: RunDir, endpoints: Endpoints, rank: int) -> None
         Server(engine, control, progress).serve(_stop)
 
 
-def _take_devices(config: Config, rank: int, num_ranks: int) -> None:
+def _take_devices(config: Config, devices: tuple[int, ...]) -> None:
     """Narrows this process down to its GPUs, before anything initializes CUDA."""
-    devices = place(config.inference, rank, num_ranks)
     if config.inference.device == "cpu":
         return
     import torch
@@ -102,13 +109,13 @@ def _parse(argv: Sequence[str] | None, environ: Mapping[str, str]) -> argparse.N
         "--rank",
         type=int,
         default=int(environ.get("SLURM_PROCID", 0)),
-        help="index of the engine (default: SLURM_PROCID, else 0)",
+        help="of this process in the group (default: SLURM_PROCID, else 0)",
     )
     parser.add_argument(
         "--num-ranks",
         type=int,
         default=int(environ.get("SLURM_NTASKS", 1)),
-        help="engines of the group (default: SLURM_NTASKS, else 1)",
+        help="processes of the group (default: SLURM_NTASKS, else 1)",
     )
     return parser.parse_args(argv)
 

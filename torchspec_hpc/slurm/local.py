@@ -71,6 +71,13 @@ class LocalLauncher:
                 allowed="1",
                 hint="use cluster: slurm for more nodes",
             )
+        if config.inference.nodes_per_engine != 1:
+            raise ConfigError(
+                f"an engine has {config.inference.nodes_per_engine} nodes with cluster: local "
+                "(inference_num_gpus_per_engine, inference_num_gpus_per_node)",
+                allowed="engines that fit on this machine",
+                hint="use cluster: slurm for more nodes",
+            )
         self._run, self._config, self.modules = run, config, modules
         self.services = ServiceRuntime()
         self.job_id: str | None = None

@@ -65,8 +65,8 @@ def inference_group(config: Config) -> Group:
     inference = config.inference
     return Group(
         inference.num_nodes,
-        inference.engines_per_node,
-        inference.num_engines,
+        inference.ranks_per_node,
+        inference.num_ranks,
         inference.num_gpus_per_node,
         config.slurm.inference,
     )

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from torchspec_hpc.config import Config, RunDir
 from torchspec_hpc.config.endpoints import Endpoints
 from torchspec_hpc.errors import ConfigError, TorchspecError
+from torchspec_hpc.inference.placement import Placement
 from torchspec_hpc.target.spec import TargetSpec
 from torchspec_hpc.transfer.messages import Request
 
@@ -83,6 +84,7 @@ class EngineContext:
         endpoints: Where the services answer.
         spec: Shape of the target.
         rank: Inference rank, named in receipts.
+        placement: Which engine this process is, or which part of it.
     """
 
     config: Config
@@ -90,6 +92,7 @@ class EngineContext:
     endpoints: Endpoints
     spec: TargetSpec
     rank: int
+    placement: Placement
 
     @cached_property
     def layers(self) -> tuple[int, ...]:

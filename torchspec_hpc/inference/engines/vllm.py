@@ -14,6 +14,7 @@ import torch
 
 from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.inference.delivery import Destination
+from torchspec_hpc.inference.engine_group import EngineGroup
 from torchspec_hpc.inference.engines.base import (
     EngineContext,
     Finished,
@@ -21,11 +22,10 @@ from torchspec_hpc.inference.engines.base import (
     check_prompt,
 )
 from torchspec_hpc.inference.engines.vllm_arguments import (
-    capture_arguments,
+    all_arguments,
     check_extra_args,
     check_generation,
     environment,
-    llm_arguments,
     max_prompts,
 )
 from torchspec_hpc.inference.engines.vllm_tracking import CAPTURED, TRANSFER_PARAMS
@@ -62,11 +62,11 @@ class VllmEngine:
         # it warns, with a traceback, that there is no tokenizer to warm up
         logging.getLogger("vllm.renderers.base").setLevel(logging.ERROR)
         check_extra_args(inference, {field.name for field in dataclasses.fields(vllm.EngineArgs)})
-        arguments = {
-            **llm_arguments(context),
-            **capture_arguments(context),
-            **inference.vllm.extra_args,
-        }
+        self._group = EngineGroup(context.run, context.endpoints, context.placement)
+        session = self._group.lead() if context.placement.num_nodes > 1 else None
+        if session is not None:
+            self._group.watch(session)
+        arguments = all_arguments(context, session)
         try:
             self._engine: Any = vllm.LLM(**arguments).llm_engine
         except vllm_compat.REFUSALS as error:
@@ -112,6 +112,7 @@ class VllmEngine:
 
     def close(self) -> None:
         """See :class:`~torchspec_hpc.inference.engines.base.Engine`."""
+        self._group.leave()
         self._engine.engine_core.shutdown()
 
     def _answer(self, request: Request, generation: Generation) -> None:

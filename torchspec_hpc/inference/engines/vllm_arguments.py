@@ -9,6 +9,7 @@ from typing import Any
 
 from torchspec_hpc.config.inference_schema import InferenceConfig
 from torchspec_hpc.errors import ConfigError
+from torchspec_hpc.inference.engine_group import Session
 from torchspec_hpc.inference.engines.base import EngineContext
 
 _CONNECTOR_MODULE = "torchspec_hpc.inference.engines.vllm_connector"
@@ -32,6 +33,17 @@ _MANAGED = {
     "skip_tokenizer_init": None,
     "speculative_config": None,
     "kv_transfer_config": None,
+    "distributed_executor_backend": None,
+    "nnodes": "inference.inference_num_gpus_per_node",
+    "node_rank": None,
+    "master_addr": None,
+    "master_port": None,
+}
+
+#: Arguments that cannot work here.
+_REFUSED = {
+    "pipeline_parallel_size": "each stage sees its own layers only, and vLLM's capture needs all",
+    "data_parallel_size": "its engines would not take requests from our queue",
 }
 
 
@@ -77,13 +89,14 @@ def environment(context: EngineContext) -> dict[str, str]:
     variables["VLLM_CONFIGURE_LOGGING"] = os.environ.get("VLLM_CONFIGURE_LOGGING", "0")
     if context.device == "cpu":
         # in this process: each process of the default spends 12 s on its imports
-        if inference.vllm.tp_size == 1:
-            variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         # the default pins engines to cores, all on this node to the same ones
         binding = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         variables["VLLM_CPU_OMP_THREADS_BIND"] = binding
     elif inference.batch_invariant:
         variables["VLLM_BATCH_INVARIANT"] = "1"
+    if context.placement.num_nodes > 1:
+        variables["VLLM_HOST_IP"] = context.endpoints.own_address()
     if inference.num_threads is not None:
         variables["OMP_NUM_THREADS"] = str(inference.num_threads)
     if _max_model_len(context) > context.spec.max_position_embeddings >= context.max_prompt_tokens:
@@ -115,6 +128,25 @@ def llm_arguments(context: EngineContext) -> dict[str, Any]:
         # how much of a prompt is cached decides how the rest is cut into steps
         arguments["enable_prefix_caching"] = False
     return {name: value for name, value in arguments.items() if value is not None}
+
+
+def all_arguments(context: EngineContext, session: Session | None) -> dict[str, Any]:
+    """Arguments of an engine that captures.
+
+    Args:
+        context: What it is built from.
+        session: What its processes agreed on; None for an engine on one node.
+    """
+    arguments = llm_arguments(context) | capture_arguments(context)
+    if session is not None:
+        arguments |= {
+            "distributed_executor_backend": "mp",
+            "nnodes": context.placement.num_nodes,
+            "node_rank": context.placement.node,
+            "master_addr": session.address,
+            "master_port": session.port,
+        }
+    return arguments | context.config.inference.vllm.extra_args
 
 
 def capture_arguments(context: EngineContext) -> dict[str, Any]:
@@ -156,6 +188,12 @@ def check_extra_args(inference: InferenceConfig, known: Collection[str]) -> None
         ConfigError: Names the argument, and the key that sets it or the nearest name.
     """
     for name in inference.vllm.extra_args:
+        if name in _REFUSED:
+            raise ConfigError(
+                f"inference.vllm.extra_args holds {name}: {_REFUSED[name]}",
+                hint="set inference.inference_num_gpus_per_engine and inference.vllm.tp_size for"
+                " larger engines, inference.inference_num_gpus for more of them",
+            )
         if name in _MANAGED:
             key = _MANAGED[name]
             raise ConfigError(
