@@ -140,11 +140,12 @@ class JoiningJob:
 
     def _start(self, number: int, logs: Path) -> Step:
         group = inference_group(self._config)
-        per_node = self._own.engines_per_node
-        first_rank = number * per_node * -(-_RANKS_OF_A_JOB // per_node)
+        # ranks fill nodes and engines as those of the run do
+        unit = self._own.ranks_per_node * self._own.nodes_per_engine
+        first_rank = number * unit * -(-_RANKS_OF_A_JOB // unit)
         python = self._runtime.worker_python
         engine = self._modules.engine_command(self._run, python)
-        engine += ["--rank={rank}", f"--num-ranks={self._own.num_engines}"]
+        engine += ["--rank={rank}", f"--num-ranks={self._own.num_ranks}"]
         command = shepherded(
             self._runtime.enter(engine),
             *engine_shepherd_options(self._run, self._config.control, first_rank),

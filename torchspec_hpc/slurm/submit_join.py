@@ -71,7 +71,7 @@ def _check_run(run: RunDir) -> None:
 
 def _check_layout(config: Config, own: Config) -> None:
     """An engine's GPUs follow from its rank as in the run, whose configuration it reads."""
-    found, wanted = config.inference.engines_per_node, own.inference.engines_per_node
+    found, wanted = config.inference.ranks_per_node, own.inference.ranks_per_node
     if found > wanted or (found < wanted and config.inference.num_nodes > 1):
         raise ConfigError(
             f"this job would run {found} engines on a node, the run itself has {wanted}",
