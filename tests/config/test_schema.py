@@ -54,7 +54,9 @@ def refuse(section: type[BaseModel], values: dict[str, Any], message: str) -> No
         (engines(2, 2, 2), "vllm.tp_size = 1 and inference_num_gpus_per_engine = 2 differ"),
         (engines(2, 1, 2, 2), "vllm.tp_size = 2 and inference_num_gpus_per_engine = 1 differ"),
         (engines(2, 2, 1, engine="hf"), "per_node = 1; allowed: engines that fit on one node"),
-        (engines(2, 2, 2, engine="hf"), "per_engine = 2 with engine hf.*allowed: 1"),
+        (engines(2, 2, 2, engine="sglang"), "sglang.tp_size = 1 and .*_per_engine = 2 differ"),
+        (engines(0, 1, 8), "inference_num_gpus = 0 without cache_dir"),
+        (engines(1, 1, 1) | {"cache_max_bytes": "1GiB"}, "cache_dir, which is not set"),
     ],
 )
 def test_engines_that_do_not_fit(values: dict[str, Any], message: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import make_tiny_target
 from tests.e2e.conftest import ConfigWriter, losses, torchspec_hpc
-from tests.helpers import write_jsonl
+from tests.helpers import conversations, read_jsonl, write_jsonl
 
 pytestmark = pytest.mark.slow
 
@@ -134,3 +134,39 @@ def processes_naming(run: Path) -> list[str]:
         if str(run) in line:
             found.append(line)
     return found
+
+
+def test_a_second_run_needs_no_engine(config_file: ConfigWriter, tmp_path: Path) -> None:
+    """It has the same losses to the last bit, and starts no engine."""
+    write_jsonl(tmp_path / "held_out.jsonl", conversations(5))
+    kept = {"cache_dir": str(tmp_path / "states")}
+    data = {"eval_data_path": str(tmp_path / "held_out.jsonl"), "eval_interval": 12}
+    settings = {"cluster": "local", "dataset": data, "inference": kept}
+    first = torchspec_hpc("run", config_file(**settings))
+    assert first.returncode == 0, first.stderr
+    runs = tmp_path / "runs"
+    (log,) = (runs / "tiny" / "logs" / "latest").glob("training/*/training_rank0_*.log")
+    assert "training samples: hidden states of 48 samples, " in log.read_text()
+
+    alone = ["inference.inference_num_gpus=0", "run_name=alone"]
+    config = config_file(**settings)
+    second = torchspec_hpc("run", config, *alone)
+    assert second.returncode == 0, second.stderr
+    assert not (runs / "alone" / "logs" / "latest" / "inference").exists()
+    assert learning(runs / "alone") == learning(runs / "tiny")
+    assert len(learning(runs / "alone")) == 12
+
+    (lost, *_) = (tmp_path / "states").glob("*/*/*.safetensors")
+    lost.unlink()
+    third = torchspec_hpc("run", config, "inference.inference_num_gpus=0", "run_name=lost")
+    assert third.returncode == 2
+    assert "are not in" in third.stdout + third.stderr
+    assert not (runs / "lost" / "metrics.jsonl").exists()
+
+
+def learning(run: Path) -> list[dict[str, float]]:
+    """What must not depend on time: losses, accuracies, gradient norms."""
+    return [
+        {tag: value for tag, value in record.items() if tag.startswith(("step", "train", "eval"))}
+        for record in read_jsonl(run / "metrics.jsonl")
+    ]

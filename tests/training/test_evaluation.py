@@ -4,7 +4,7 @@ import hashlib
 import shutil
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,8 @@ from tests.training.test_state_cache import cache
 from tests.training.tiny import training_config
 from torchspec_hpc.data.sample import Sample
 from torchspec_hpc.drafts.batch import PackedBatch
+from torchspec_hpc.training.cache_plan import EVERYTHING
+from torchspec_hpc.training.cached_states import CachedStates
 from torchspec_hpc.training.evaluation import EvaluationSet
 from torchspec_hpc.training.parallel import World
 from torchspec_hpc.transfer.feed import GaveUp
@@ -77,7 +79,18 @@ MakeSet = Callable[..., EvaluationSet]
 
 
 @pytest.fixture
-def make_set(tiny_target: Path, tmp_path: Path, one_rank: None) -> MakeSet:
+def opened() -> Iterator[list[CachedStates]]:
+    """Closed in the end; closing waits until everything is written."""
+    caches: list[CachedStates] = []
+    yield caches
+    for kept in caches:
+        kept.close()
+
+
+@pytest.fixture
+def make_set(
+    tiny_target: Path, tmp_path: Path, one_rank: None, opened: list[CachedStates]
+) -> MakeSet:
     """One rank's share, of as many ranks as one likes: the collective is of this process alone."""
 
     def make(
@@ -85,14 +98,17 @@ def make_set(tiny_target: Path, tmp_path: Path, one_rank: None) -> MakeSet:
         rank: int = 0,
         size: int = 1,
         max_tokens: int = 1000,
-        folder: str = "a",
+        folder: str | None = "a",
         **settings: object,
     ) -> EvaluationSet:
-        (tmp_path / folder).mkdir(exist_ok=True)
+        kept = states
+        if folder is not None:
+            (tmp_path / folder).mkdir(exist_ok=True)
+            kept = CachedStates(cache(tiny_target, tmp_path / folder), states, EVERYTHING)
+            opened.append(kept)
         return EvaluationSet(
             Samples(),
-            states,
-            cache(tiny_target, tmp_path / folder),
+            kept,
             World(rank, size, torch.device("cpu")),
             training_config(**({"micro_batch_tokens": 10} | settings)),
             max_tokens,
@@ -132,7 +148,7 @@ def test_samples_are_asked_for_once_and_then_never_again(make_set: MakeSet):
 
 def test_the_memory_of_answers_is_given_back(make_set: MakeSet):
     states = States()
-    batches = make_set(states).batches(never)
+    batches = make_set(states, folder=None).batches(never)
     assert sum(batch.num_tokens for batch in batches) == 36
     assert states.most_lent == 10  # of the longest micro-batch
 
@@ -213,7 +229,7 @@ def test_runs_share_what_the_engines_answered(make_run: MakeRun, engine: Produce
     # rank 0 has all of its share, rank 1 waits for an engine that does not answer
     root = first.dir.root.parent / "cache" / "hidden_states"
     lost = hashlib.sha256(tokens["eval-1"]).hexdigest()[:32]
-    (file,) = root.glob(f"*/{lost}.safetensors")
+    (file,) = root.glob(f"*/*/{lost}.safetensors")
     file.unlink()
     stopped = make_run("stopped", evaluate=True, **settings)
     answer = threading.Event()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,9 @@ import pytest
 import torch
 
 from torchspec_hpc.config import Config, parse_config
-from torchspec_hpc.data.sample import Sample
 from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.target.spec import TargetSpec
-from torchspec_hpc.training.state_cache import StateCache
+from torchspec_hpc.training.state_cache import StateCache, name_of
 
 
 def config(target: Path, folder: Path, **inference: object) -> Config:
@@ -32,8 +32,8 @@ def cache(target: Path, folder: Path, layers: tuple[int, ...] = (1, 2), **infere
     return StateCache(config(target, folder, **inference), spec, layers, "cpu")
 
 
-def sample(*ids: int, index: int = 0) -> Sample:
-    return Sample(index, np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=bool))
+def sample(*ids: int) -> np.ndarray:
+    return np.array(ids, dtype=np.int32)
 
 
 def states(seed: int, length: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -42,20 +42,55 @@ def states(seed: int, length: int, dtype: torch.dtype = torch.bfloat16) -> torch
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_what_is_written_is_read_whatever_its_place_in_the_data(
-    tiny_target: Path, tmp_path: Path, dtype: torch.dtype
-):
+def test_what_is_written_is_read(tiny_target: Path, tmp_path: Path, dtype: torch.dtype):
     kept = cache(tiny_target, tmp_path)
     assert kept.read(sample(1, 2, 3)) is None
+    assert not kept.holds(sample(1, 2, 3))
     expected = states(0, 3, dtype)
     kept.write(sample(1, 2, 3), expected)
-    found = cache(tiny_target, tmp_path).read(sample(1, 2, 3, index=7))
+    found = cache(tiny_target, tmp_path).read(sample(1, 2, 3))
     assert found.dtype == dtype
     assert torch.equal(found, expected)
     assert kept.read(sample(1, 2, 4)) is None
     assert kept.read(sample(1, 2)) is None
     assert json.loads((kept.folder / "about.json").read_text())["layers"] == [1, 2, 4]
-    assert len(list(kept.folder.iterdir())) == 2  # nothing temporary is left
+    assert kept.holds(sample(1, 2, 3))
+    assert kept.names() == {name_of(sample(1, 2, 3))}
+    assert len(list(kept.folder.rglob("*"))) == 3  # nothing temporary is left
+
+
+def test_what_killed_writers_left_behind_is_removed(tiny_target: Path, tmp_path: Path):
+    kept = cache(tiny_target, tmp_path)
+    kept.write(sample(1), states(0, 1))
+    (file,) = kept.folder.glob("*/*")
+    old, fresh = (file.with_name(f".{file.name}.node.{pid}") for pid in (1, 2))
+    old.write_text("half")
+    fresh.write_text("half")
+    os.utime(old, (1, 1))
+    assert kept.names() == {file.stem}
+    assert not old.exists()
+    assert fresh.exists()
+
+
+def test_two_writers_of_one_sample_do_not_meet(tiny_target: Path, tmp_path: Path):
+    kept = cache(tiny_target, tmp_path)
+    expected = states(0, 2000)
+    with ThreadPoolExecutor(4) as threads:
+        writes = [threads.submit(kept.write, sample(1), expected) for _ in range(20)]
+        while not all(write.done() for write in writes):
+            found = kept.read(sample(1))
+            assert found is None or torch.equal(found, expected)
+    assert torch.equal(kept.read(sample(1)), expected)
+    assert len(list(kept.folder.glob("*/*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "item_bytes"),
+    [("auto", "auto", 4), ("auto", "cuda", 4), ("bfloat16", "auto", 2), ("float16", "cpu", 2)],
+)
+def test_bytes_of_a_token(tiny_target: Path, tmp_path: Path, dtype, device, item_bytes: int):
+    kept = cache(tiny_target, tmp_path, dtype=dtype, device=device)
+    assert kept.token_bytes == 3 * 64 * item_bytes
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "foreign", "no tensors"])
@@ -64,7 +99,7 @@ def test_a_damaged_or_foreign_file_is_not_used(
 ):
     kept = cache(tiny_target, tmp_path)
     kept.write(sample(1, 2, 3), states(0, 3))
-    (file,) = kept.folder.glob("*.safetensors")
+    (file,) = kept.folder.glob("*/*.safetensors")
     content = bytearray(file.read_bytes())
     if damage == "cut":
         file.write_bytes(content[:-20])
@@ -73,12 +108,12 @@ def test_a_damaged_or_foreign_file_is_not_used(
         file.write_bytes(content)
     elif damage == "foreign":
         kept.write(sample(4, 5, 6), states(1, 3))
-        (other,) = set(kept.folder.glob("*.safetensors")) - {file}
+        (other,) = set(kept.folder.glob("*/*.safetensors")) - {file}
         shutil.copy(other, file)
     else:
         file.write_bytes(b"states")
     assert kept.read(sample(1, 2, 3)) is None
-    assert "will be replaced" in caplog.text
+    assert str(file) in caplog.text
     kept.write(sample(1, 2, 3), states(0, 3))
     assert torch.equal(kept.read(sample(1, 2, 3)), states(0, 3))
 
@@ -97,6 +132,7 @@ def test_the_key_covers_target_layers_engine_and_precision(tiny_target: Path, tm
         folder(layers=(1, 3)),
         folder(engine="vllm"),
         folder(engine="vllm", vllm={"extra_args": {"quantization": "fp8"}}),
+        folder(engine="sglang", sglang={"extra_args": {"quantization": "fp8"}}),
         folder(dtype="bfloat16"),
         folder(batch_invariant=True),
         folder(device="cuda"),
@@ -125,4 +161,12 @@ def test_a_full_disk_is_said_once_and_harms_nothing(
         kept.write(sample(1, 2, index), states(index, 3))
         assert kept.read(sample(1, 2, index)) is None
     (said,) = [record.message for record in caplog.records if "cannot write" in record.message]
-    assert "stay in memory" in said
+    assert "this rank keeps no hidden states on disk" in said
+
+
+def test_the_nearest_settings_are_named(tiny_target: Path, tmp_path: Path):
+    wanted = cache(tiny_target, tmp_path)
+    assert "holds no states of anything else" in wanted.nearest()
+    cache(tiny_target, tmp_path, dtype="bfloat16")
+    cache(tiny_target, tmp_path, layers=(1, 3), dtype="float16")
+    assert wanted.nearest().endswith("other settings: dtype is bfloat16 and not float32")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from torchspec_hpc.config.types import Bytes, Ints, Section
+from torchspec_hpc.config.types import Bytes, Ints, PathStr, Section
 
 
 class VllmConfig(Section):
@@ -34,6 +34,26 @@ class GenerationConfig(Section):
     seed: int = Field(0, ge=0, description="Of the answers; each sample has its own numbers.")
 
 
+class HfConfig(Section):
+    """How Transformers runs the target."""
+
+    attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] = Field(
+        "sdpa", description="Transformers' attention; flash_attention_2 needs flash-attn."
+    )
+
+
+class SglangConfig(Section):
+    """What is handed to SGLang."""
+
+    tp_size: int = Field(1, ge=1, description="Equals inference_num_gpus_per_engine.")
+    mem_fraction_static: float | None = Field(
+        None, gt=0, le=1, description="Share of GPU memory for SGLang; null: its default."
+    )
+    extra_args: dict[str, Any] = Field(
+        default_factory=dict, description="Further arguments of sglang.Engine; {}: none."
+    )
+
+
 class InferenceConfig(Section):
     """The engines that turn token ids into hidden states."""
 
@@ -43,7 +63,9 @@ class InferenceConfig(Section):
     aux_hidden_states_layers: Ints | None = Field(
         None, description="Residual stream after l layers; null: (2, L//2, L-3)."
     )
-    inference_num_gpus: int = Field(1, ge=1, description="Device slots of all engines together.")
+    inference_num_gpus: int = Field(
+        1, ge=0, description="Device slots of all engines; 0: none, all states are in cache_dir."
+    )
     inference_num_gpus_per_engine: int = Field(1, ge=1, description="Device slots of one engine.")
     inference_num_gpus_per_node: int = Field(1, ge=1, description="Device slots on one node.")
     inference_batch_size: int = Field(8, ge=1, description="Prompts in one engine batch.")
@@ -64,7 +86,15 @@ class InferenceConfig(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if there is.")
     num_threads: int | None = Field(None, ge=1, description="CPU threads an engine; null: its own.")
+    cache_dir: PathStr | None = Field(
+        None, description="Keeps the states of training samples on disk; null: held-out ones only."
+    )
+    cache_max_bytes: Bytes | None = Field(
+        None, description="Of the states of a run's training samples there; null: all of them."
+    )
     vllm: VllmConfig = VllmConfig()
+    hf: HfConfig = HfConfig()
+    sglang: SglangConfig = SglangConfig()
 
     @property
     def num_engines(self) -> int:
@@ -132,16 +162,24 @@ class InferenceConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _has_a_source(self) -> InferenceConfig:
+        if self.cache_dir is None and self.inference_num_gpus == 0:
+            raise ValueError(
+                "inference_num_gpus = 0 without cache_dir: hidden states come from nowhere; "
+                "set cache_dir to where a run with engines has kept them"
+            )
+        if self.cache_dir is None and self.cache_max_bytes is not None:
+            raise ValueError("cache_max_bytes bounds what is kept in cache_dir, which is not set")
+        return self
+
+    @model_validator(mode="after")
     def _uses_each_device(self) -> InferenceConfig:
         per_engine = self.inference_num_gpus_per_engine
-        if self.engine == "vllm" and self.vllm.tp_size != per_engine:
+        tp_sizes = {"vllm": self.vllm.tp_size, "sglang": self.sglang.tp_size}
+        tp_size = tp_sizes.get(self.engine, per_engine)
+        if tp_size != per_engine:
             raise ValueError(
-                f"vllm.tp_size = {self.vllm.tp_size} and inference_num_gpus_per_engine = "
+                f"{self.engine}.tp_size = {tp_size} and inference_num_gpus_per_engine = "
                 f"{per_engine} differ; allowed: the same number for both"
-            )
-        if self.engine == "hf" and per_engine != 1:
-            raise ValueError(
-                f"inference_num_gpus_per_engine = {per_engine} with engine hf, which has no "
-                "tensor parallelism; allowed: 1"
             )
         return self

@@ -23,6 +23,11 @@ def check_inputs(config: Config) -> None:
     """
     dataset, model, training = config.dataset, config.model, config.training
     require_implemented(config.inference.engine)
+    if config.cluster == "slurm" and not config.inference.num_engines:
+        raise ConfigError(
+            "inference.inference_num_gpus = 0 with cluster: slurm, whose jobs have both groups",
+            hint="run it inside an allocation of one node with cluster: local",
+        )
     if "wandb" in config.logging.report_to and config.slurm.python is None:
         require_wandb()  # the nodes have this interpreter
     _require_file("dataset.train_data_path", dataset.train_data_path, DataError)

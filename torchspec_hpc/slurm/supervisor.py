@@ -144,7 +144,9 @@ class Supervisor:
         if self._stop_asked_at is not None:
             return Ending(EXIT_REQUEUE, "asked to stop before the workers were started")
         self._publish(attempt, services)
-        inference = self._steps[INFERENCE] = self._launcher.start_inference(logs)
+        inference = None
+        if self._config.inference.num_engines:
+            inference = self._steps[INFERENCE] = self._launcher.start_inference(logs)
         training = self._steps[TRAINING] = self._launcher.start_training(logs)
         check = self._act_on_signals
         watch = Watch(self._run, logs, self._config, services, inference, training, check)

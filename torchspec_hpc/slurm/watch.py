@@ -49,7 +49,7 @@ class Watch:
         logs: Of this attempt.
         config: The run's settings.
         services: Running.
-        inference: Running.
+        inference: Running; None: the run has no engines, and needs none.
         training: Running.
         stop_asked_at: Acts on signals, and says when (monotonic seconds) the trainers were
             asked to stop; None: not yet.
@@ -61,7 +61,7 @@ class Watch:
         logs: Path,
         config: Config,
         services: Services,
-        inference: Step,
+        inference: Step | None,
         training: Step,
         stop_asked_at: Callable[[], float | None],
     ) -> None:
@@ -121,7 +121,8 @@ class Watch:
             if self._a_trainer_failed(now):
                 what = "a trainer failed and its step did not end"
                 return self._failed(EXIT_CRASH, what, self._training)
-            self._look_at_engines(now)
+            if self._inference is not None:
+                self._look_at_engines(self._inference, now)
         return None
 
     def _trainers_ended(self, code: int) -> Ending:
@@ -160,9 +161,9 @@ class Watch:
 
     def _what_ended(self) -> Ending | None:
         """The failure of what the trainers need: the engines or a service."""
-        code = self._inference.poll()
+        code = None if self._inference is None else self._inference.poll()
         missed = not self._engines.others_joined and not self._run.done.exists()
-        if code is not None and missed:
+        if self._inference and code is not None and missed:
             what = f"all engines have ended, the first with {code}, and the trainers need them"
             return self._failed(code or EXIT_CRASH, what, self._inference)
         try:
@@ -201,17 +202,17 @@ class Watch:
             self._failing_since = now
         return self._failing_since is not None and now - self._failing_since > _FAILURE_GRACE_S
 
-    def _look_at_engines(self, now: float) -> None:
+    def _look_at_engines(self, inference: Step, now: float) -> None:
         """Raises if none becomes ready in time; ends the attempt if there is none any more."""
         step = last_logged_step(self._run)
         trains, self._last_step = step != self._last_step, step
         try:
             self._engines.look(now, trains=trains)
         except DeadlineExceeded as error:
-            hint = f"the inference step's log ends with:\n{self._inference.log_tail()}"
+            hint = f"the inference step's log ends with:\n{inference.log_tail()}"
             raise DeadlineExceeded(error.waited_for, error.seconds, hint=hint) from None
         except EnginesLost as error:
-            self._save_before(self._failed(EXIT_CRASH, str(error), self._inference), now)
+            self._save_before(self._failed(EXIT_CRASH, str(error), inference), now)
 
     def _tell_progress(self, now: float) -> None:
         logger.info(

@@ -1,4 +1,4 @@
-"""Held-out samples: their hidden states are asked for once and kept, in memory and on disk."""
+"""Held-out samples: their hidden states are asked for once and kept in memory, packed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from torchspec_hpc.data.sampler import Sampler
 from torchspec_hpc.drafts.batch import PackedBatch, pack
 from torchspec_hpc.training.parallel import World, sum_over_ranks
 from torchspec_hpc.training.prefetch import HiddenStates
-from torchspec_hpc.training.state_cache import StateCache
 from torchspec_hpc.transfer.feed import GaveUp
 
 logger = logging.getLogger(__name__)
@@ -29,8 +28,7 @@ class EvaluationSet:
 
     Args:
         dataset: Its first samples are used.
-        states: Where hidden states are asked for that the cache does not hold.
-        cache: Of hidden states.
+        states: Where hidden states are asked for.
         world: The training group.
         config: How samples share micro-batches.
         max_tokens: Of the samples that are used, all ranks together.
@@ -42,13 +40,12 @@ class EvaluationSet:
         self,
         dataset: TokenDataset,
         states: HiddenStates,
-        cache: StateCache,
         world: World,
         config: TrainingConfig,
         max_tokens: int,
         window_tokens: int,
     ) -> None:
-        num_samples = max(1, int((dataset.lengths.cumsum(dtype=np.int64) <= max_tokens).sum()))
+        num_samples = num_held_out(dataset, max_tokens)
         if num_samples < len(dataset):
             logger.warning(
                 "evaluating on the first %d of %d samples: dataset.eval_max_tokens = %d",
@@ -56,8 +53,7 @@ class EvaluationSet:
                 len(dataset),
                 max_tokens,
             )
-        self._dataset, self._states, self._cache = dataset, states, cache
-        self._world = world
+        self._dataset, self._states, self._world = dataset, states, world
         self._packs = Sampler(dataset.lengths[:num_samples], config, shuffle=False)
         # answers lie in memory that the feed keeps for the rest of the run
         self._window_tokens = min(window_tokens, config.prefetch_depth * self._packs.longest_pack)
@@ -105,31 +101,23 @@ class EvaluationSet:
     def _states_of(
         self, samples: Sequence[Sample], give_up: Callable[[], bool]
     ) -> Iterator[Tensor]:
-        """Hidden states of each sample, from the cache or else from the engines."""
-        coming: deque[tuple[Sample, Tensor | None]] = deque()
-        num_tokens = num_cached = 0
+        """Hidden states of each sample, asked for as far ahead as the window allows."""
+        coming: deque[Sample] = deque()
+        num_tokens = 0
         for sample in samples:
             while coming and num_tokens + len(sample.input_ids) > self._window_tokens:
-                num_tokens -= len(coming[0][0].input_ids)
-                yield self._take(*coming.popleft(), give_up)
-            states = self._cache.read(sample)
-            if states is None:
-                self._states.submit(_ticket(sample), sample.input_ids)
-            num_cached += states is not None
+                num_tokens -= len(coming[0].input_ids)
+                yield self._states.take(_ticket(coming.popleft()), give_up)
+            self._states.submit(_ticket(sample), sample.input_ids)
             num_tokens += len(sample.input_ids)
-            coming.append((sample, states))
-        logger.info(
-            "held-out samples: %d of %d were in %s", num_cached, len(samples), self._cache.folder
-        )
+            coming.append(sample)
         while coming:
-            yield self._take(*coming.popleft(), give_up)
+            yield self._states.take(_ticket(coming.popleft()), give_up)
 
-    def _take(self, sample: Sample, states: Tensor | None, give_up: Callable[[], bool]) -> Tensor:
-        """Waits for what was not in the cache, and keeps it there."""
-        if states is None:
-            states = self._states.take(_ticket(sample), give_up)
-            self._cache.write(sample, states)
-        return states
+
+def num_held_out(dataset: TokenDataset, max_tokens: int) -> int:
+    """Samples at the beginning of the data that have so many tokens together; at least one."""
+    return max(1, int((dataset.lengths.cumsum(dtype=np.int64) <= max_tokens).sum()))
 
 
 def _ticket(sample: Sample) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -22,15 +23,17 @@ from torchspec_hpc.data.sampler import Sampler
 from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.target.spec import TargetSpec
 from torchspec_hpc.training.batches import MicroBatches, packs_per_step, steps_of_run
+from torchspec_hpc.training.cache_plan import plan_cache, samples_between, sizes_of
+from torchspec_hpc.training.cached_states import CachedStates
 from torchspec_hpc.training.checkpoint import Checkpointer
 from torchspec_hpc.training.draft import build_draft
-from torchspec_hpc.training.evaluation import EvaluationSet
+from torchspec_hpc.training.evaluation import EvaluationSet, num_held_out
 from torchspec_hpc.training.initial_draft import load_initial_draft
 from torchspec_hpc.training.main_rank import ask_main
 from torchspec_hpc.training.meter import EngineMonitor
 from torchspec_hpc.training.optim import build_optimizer
 from torchspec_hpc.training.parallel import World, seed_rank
-from torchspec_hpc.training.state_cache import StateCache
+from torchspec_hpc.training.state_cache import StateCache, token_bytes
 from torchspec_hpc.training.step import Eagle3Step
 from torchspec_hpc.training.trainer import Trainer
 from torchspec_hpc.training.vocabulary import load_kept_ids
@@ -67,7 +70,9 @@ def build_trainer(
     aux_layers = spec.aux_layers(config.inference.aux_hidden_states_layers)
     dataset = _open_dataset(config, world, config.dataset.train_data_path)
     held_out = _open_held_out(config, world)
-    window_tokens = _window_tokens(config, spec, aux_layers, [dataset, *held_out])
+    window_tokens = _window_tokens(
+        config, token_bytes(config, spec, aux_layers, world.device.type), [dataset, *held_out]
+    )
     source = ask_main(world, partial(_source, config, run))
     initial = load_initial_draft(config.model, spec, aux_layers)
     kept_ids = load_kept_ids(config, run, world, dataset, spec, source, initial)
@@ -80,8 +85,18 @@ def build_trainer(
     sampler = Sampler(dataset.lengths, settings, config.dataset.shuffle_dataset)
     num_steps = steps_of_run(settings, sampler, packs_per_step(world, settings), progress)
     control, feed = _connect(config, run, endpoints, world, stack)
+    cache = partial(StateCache, config, spec, aux_layers, world.device.type)
+    states: CachedStates | HiddenStateFeed
+    if config.inference.cache_dir is None:
+        assert feed is not None  # the configuration has engines, or a cache
+        states = feed
+    else:
+        end = progress.cursor + packs_per_step(world, settings) * (num_steps - progress.step)
+        used = partial(samples_between, sampler, progress.cursor, end, len(dataset))
+        max_bytes = config.inference.cache_max_bytes
+        states = _cached("training samples", dataset, used, cache(), feed, max_bytes, world, stack)
     batches = MicroBatches(
-        dataset, sampler, feed, world, settings, progress, num_steps, window_tokens
+        dataset, sampler, states, world, settings, progress, num_steps, window_tokens
     )
     stack.callback(batches.close)
     return Trainer(
@@ -91,7 +106,7 @@ def build_trainer(
         optimizer=optimizer,
         step=Eagle3Step(draft, head, optimizer, world, settings),
         batches=batches,
-        feed=feed,
+        feed=states,
         monitor=EngineMonitor(control, _STALE_BEATS * config.control.heartbeat_s),
         checkpointer=checkpointer,
         progress=progress,
@@ -99,8 +114,16 @@ def build_trainer(
         sampler=sampler,
         evaluation=EvaluationSet(
             held_out[0],
-            feed,
-            StateCache(config, spec, aux_layers, world.device.type),
+            _cached(
+                "held-out samples",
+                held_out[0],
+                partial(range, num_held_out(held_out[0], config.dataset.eval_max_tokens)),
+                cache(),
+                feed,
+                None,
+                world,
+                stack,
+            ),
             world,
             settings,
             config.dataset.eval_max_tokens,
@@ -109,6 +132,27 @@ def build_trainer(
         if held_out
         else None,
     )
+
+
+def _cached(
+    what: str,
+    dataset: TokenDataset,
+    used: Callable[[], Iterable[int]],
+    cache: StateCache,
+    feed: HiddenStateFeed | None,
+    max_bytes: int | None,
+    world: World,
+    stack: ExitStack,
+) -> CachedStates:
+    """Plans, on the main rank, what is kept of the samples that are used."""
+
+    def plan() -> str:
+        num_bytes = sizes_of(cache, dataset, used())
+        return plan_cache(cache, what, num_bytes, max_bytes=max_bytes, has_engines=feed is not None)
+
+    states = CachedStates(cache, feed, ask_main(world, plan))
+    stack.callback(states.close)
+    return states
 
 
 def _open_held_out(config: Config, world: World) -> list[TokenDataset]:
@@ -135,17 +179,12 @@ def _open_dataset(config: Config, world: World, path: str) -> TokenDataset:
     return dataset
 
 
-def _window_tokens(
-    config: Config, spec: TargetSpec, aux_layers: tuple[int, ...], datasets: list[TokenDataset]
-) -> int:
+def _window_tokens(config: Config, token_bytes: int, datasets: list[TokenDataset]) -> int:
     """Tokens of each dataset whose hidden states fit into this rank's segment of the store.
 
     Raises:
         ConfigError: The longest micro-batch does not fit, or no micro-batch holds a sample.
     """
-    dtype = spec.dtype if config.inference.dtype == "auto" else config.inference.dtype
-    item_bytes: int = getattr(torch, dtype).itemsize
-    token_bytes = (len(aux_layers) + 1) * spec.hidden_size * item_bytes
     segment_bytes = int(config.mooncake.global_segment_size)
     share = _SEGMENT_SHARE / len(datasets)
     window_tokens = int(share * segment_bytes) // token_bytes
@@ -203,11 +242,13 @@ def _load(config: Config, run: RunDir, checkpointer: Checkpointer, source: Path 
 
 def _connect(
     config: Config, run: RunDir, endpoints: Endpoints, world: World, stack: ExitStack
-) -> tuple[ControlClient, HiddenStateFeed]:
-    """Connections, closed in reverse order."""
+) -> tuple[ControlClient, HiddenStateFeed | None]:
+    """Connections, closed in reverse order; no feed where there are no engines."""
     deadline_s = config.control.service_ready_s
     control = ControlClient(endpoints.control, read_secret(run), deadline_s)
     stack.callback(control.close)
+    if not config.inference.num_engines:
+        return control, None
     store = HiddenStateStore.open(
         config.mooncake,
         endpoints,

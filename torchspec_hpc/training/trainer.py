@@ -16,7 +16,7 @@ from torchspec_hpc.data.sampler import Sampler
 from torchspec_hpc.errors import EXIT_DONE, EXIT_REQUEUE, TorchspecError
 from torchspec_hpc.training.batches import MicroBatches, packs_per_step
 from torchspec_hpc.training.checkpoint import Checkpointer
-from torchspec_hpc.training.costs import StepCosts
+from torchspec_hpc.training.costs import Feed, StepCosts
 from torchspec_hpc.training.device import peak_flops
 from torchspec_hpc.training.evaluation import EvaluationSet
 from torchspec_hpc.training.meter import EngineMonitor, Meter
@@ -24,7 +24,7 @@ from torchspec_hpc.training.optim import Schedule, set_hyperparameters
 from torchspec_hpc.training.parallel import World
 from torchspec_hpc.training.reporter import Reporter
 from torchspec_hpc.training.step import Eagle3Step, StepResult, step_weights
-from torchspec_hpc.transfer.feed import GaveUp, HiddenStateFeed
+from torchspec_hpc.transfer.feed import GaveUp
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class Trainer:
         optimizer: Its learning rate is set step by step.
         step: One optimizer step.
         batches: This rank's micro-batches, from `progress` on.
-        feed: Where they come from, for its statistics.
+        feed: Where their hidden states come from, for its statistics.
         monitor: Of the engines; read by the main rank.
         checkpointer: Of the run.
         progress: Where to go on.
@@ -57,7 +57,7 @@ class Trainer:
         optimizer: torch.optim.AdamW,
         step: Eagle3Step,
         batches: MicroBatches,
-        feed: HiddenStateFeed,
+        feed: Feed,
         monitor: EngineMonitor,
         checkpointer: Checkpointer,
         progress: Progress,
