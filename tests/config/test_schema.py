@@ -57,6 +57,7 @@ def refuse(section: type[BaseModel], values: dict[str, Any], message: str) -> No
         (engines(2, 2, 2, engine="sglang"), "sglang.tp_size = 1 and .*_per_engine = 2 differ"),
         (engines(0, 1, 8), "inference_num_gpus = 0 without cache_dir"),
         (engines(1, 1, 1) | {"cache_max_bytes": "1GiB"}, "cache_dir, which is not set"),
+        (engines(1, 1, 1) | {"cache_dir": "/x", "respond": "target"}, "answers are not kept"),
     ],
 )
 def test_engines_that_do_not_fit(values: dict[str, Any], message: str) -> None:

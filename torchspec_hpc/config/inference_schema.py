@@ -37,8 +37,8 @@ class GenerationConfig(Section):
 class HfConfig(Section):
     """How Transformers runs the target."""
 
-    attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] = Field(
-        "sdpa", description="Transformers' attention; flash_attention_2 needs flash-attn."
+    attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] | None = Field(
+        None, description="Of attention; null: Transformers' choice, sdpa for most models."
     )
 
 
@@ -170,6 +170,10 @@ class InferenceConfig(Section):
             )
         if self.cache_dir is None and self.cache_max_bytes is not None:
             raise ValueError("cache_max_bytes bounds what is kept in cache_dir, which is not set")
+        if self.cache_dir is not None and self.respond == "target":
+            raise ValueError(
+                "cache_dir with respond = target, whose answers are not kept; allowed: one of them"
+            )
         return self
 
     @model_validator(mode="after")
