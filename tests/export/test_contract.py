@@ -60,10 +60,13 @@ def test_scaled_rope_keeps_every_field(checkpoint: DraftCheckpoint, tmp_path: Pa
     assert config["rope_scaling"] == {k: v for k, v in rope.items() if k != "rope_theta"}
 
 
-def test_full_vocabulary_has_zero_offsets() -> None:
-    maps = vocabulary_map(replace(CONFIG, draft_vocab_size=512), None)
-    assert not maps["d2t"].any()
-    assert maps["t2d"].all()
+def test_full_vocabulary_has_no_map() -> None:
+    """vLLM has no parameter for it then, and refuses the draft."""
+    full = replace(CONFIG, draft_vocab_size=512)
+    assert vocabulary_map(full, None) == {}
+    assert not {"d2t", "t2d"} & eagle3_contract(full).keys()
+    with pytest.raises(UserError, match="0 kept token ids for a draft vocabulary of 12"):
+        vocabulary_map(CONFIG, None)
 
 
 def _drop(t: dict[str, torch.Tensor]) -> None:

@@ -16,6 +16,7 @@ import typer
 from torchspec_hpc import __version__
 from torchspec_hpc.cli import run_commands, submit_commands
 from torchspec_hpc.cli.arguments import ConfigFile, Overrides, Resume, RunPath
+from torchspec_hpc.cli.evaluate_command import evaluate
 from torchspec_hpc.cli.export_command import export
 from torchspec_hpc.errors import TorchspecError, exit_code_of
 
@@ -64,37 +65,7 @@ def run(
 app.add_typer(submit_commands.app)
 app.add_typer(run_commands.app)
 app.command()(export)
-
-
-@app.command()
-def evaluate(
-    target: Annotated[str, typer.Option(help="Target model directory or hub id.")],
-    prompts: Annotated[Path, typer.Option(help="JSONL with messages or prompt in each row.")],
-    draft: Annotated[
-        list[str] | None, typer.Option(metavar="[NAME=]DIR", help="Exported draft; repeatable.")
-    ] = None,
-    baseline: Annotated[bool, typer.Option(help="Also serve the target alone.")] = True,
-    num_speculative_tokens: Annotated[int, typer.Option("-k", min=1)] = 3,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    concurrency: Annotated[int, typer.Option(min=1)] = 8,
-    tp_size: Annotated[int, typer.Option(min=1, help="GPUs of the engine.")] = 1,
-    max_model_len: Annotated[int, typer.Option(min=1, help="Tokens, prompt and answer.")] = 2048,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first prompts.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
-) -> None:
-    """Serve drafts in vLLM and measure acceptance length and tokens/s."""
-    from torchspec_hpc.cli.evaluate_command import evaluate_command
-    from torchspec_hpc.export.evaluate import ServeSettings
-
-    settings = ServeSettings(
-        target=target,
-        num_speculative_tokens=num_speculative_tokens,
-        max_tokens=max_tokens,
-        concurrency=concurrency,
-        max_model_len=max_model_len,
-        tensor_parallel_size=tp_size,
-    )
-    evaluate_command(settings, prompts, draft or [], baseline=baseline, limit=limit, output=output)
+app.command()(evaluate)
 
 
 @app.command()

@@ -92,9 +92,14 @@ def draft_config(checkpoint: DraftCheckpoint) -> Eagle3Config:
 
 
 def vocabulary_map(config: Eagle3Config, kept_ids: Any) -> dict[str, Tensor]:
-    """``d2t``, offsets from draft rows to target ids, and ``t2d``, the kept ids as a mask."""
+    """``d2t``, offsets from draft rows to target ids, and ``t2d``, the kept ids as a mask.
+
+    Nothing where the draft's vocabulary is the target's.
+    """
+    if kept_ids is None and config.draft_vocab_size == config.vocab_size:
+        return {}
     rows = torch.arange(config.draft_vocab_size)
-    kept = rows if kept_ids is None else torch.as_tensor(kept_ids, dtype=torch.int64)
+    kept = torch.as_tensor(kept_ids if kept_ids is not None else [], dtype=torch.int64)
     if kept.numel() != config.draft_vocab_size:
         raise UserError(
             f"{kept.numel()} kept token ids for a draft vocabulary of {config.draft_vocab_size}"

@@ -78,6 +78,8 @@ def prune(checkpoint: DraftCheckpoint, kept_ids: NDArray[np.int64]) -> DraftChec
             hint="export it without --prune-vocab: it keeps the tokens it was trained with",
         )
     draft = dict(checkpoint.meta.draft)
+    if len(kept_ids) == draft["config"]["vocab_size"]:
+        return checkpoint
     draft["config"] = draft["config"] | {"draft_vocab_size": len(kept_ids)}
     draft["kept_ids_file"] = KEPT_IDS
     tensors = _Pruned(checkpoint.tensors, torch.from_numpy(kept_ids))

@@ -128,16 +128,17 @@ def adopted_weights(
             allowed="drafts that read the target's: only that is kept here",
         )
     rows = torch.arange(config.draft_vocab_size)
-    if config.draft_vocab_size == config.vocab_size:
-        named.setdefault("d2t", torch.zeros_like(rows))
+    is_full = config.draft_vocab_size == config.vocab_size
+    if is_full and not named.get("d2t", torch.zeros(1)).any():  # it says nothing
+        named.pop("d2t", None)
+        named.pop("t2d", None)
     if "d2t" in named and "t2d" not in named:  # follows from d2t; the engines do not read it
         named["t2d"] = torch.zeros(config.vocab_size, dtype=torch.bool)
         named["t2d"][(rows + named["d2t"]).clamp(0, config.vocab_size - 1)] = True
     check_contract(named, config, "take another draft, or train one from the beginning")
-    kept = rows + named.pop("d2t")
-    del named["t2d"]
-    weights = {name: tensor.float() for name, tensor in named.items()}
-    return weights, None if config.draft_vocab_size == config.vocab_size else kept
+    kept = None if is_full else rows + named.pop("d2t")
+    named.pop("t2d", None)
+    return {name: tensor.float() for name, tensor in named.items()}, kept
 
 
 def _is_same(own: Tensor, embedding: Tensor) -> bool:
