@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from torchspec_hpc.drafts.eagle3.formats import DraftFormat
 from torchspec_hpc.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,8 +14,10 @@ if TYPE_CHECKING:
 
     from torchspec_hpc.export.pruning import Coverage
 
-# config.types.Dtype again: importing pydantic for it would double the time of --help
+# config.types.Dtype and drafts.eagle3.formats.DraftFormat again: importing them would double the
+# time of --help
 Dtype = Literal["bfloat16", "float16", "float32"]
+DraftFormat = Literal["hf", "speculators"]
 VOCABULARY = "Draft vocabulary"
 
 
