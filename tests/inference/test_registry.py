@@ -31,18 +31,22 @@ def context(tmp_path: Path, tiny_target: Path) -> object:
     return build
 
 
-@pytest.mark.parametrize("name", ["sglang", "tokenspeed"])
-def test_engines_that_do_not_exist_yet(context, name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"engine is {name}, .*\n  allowed: vllm, hf"):
-        create_engine(context(name))
-
-
-def test_an_engine_that_is_not_installed(context, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "vllm", None)  # as if it were not there
+def test_an_engine_that_cannot_work_yet(context) -> None:
     with pytest.raises(
-        ConfigError, match=r"the package vllm is not installed\n.*\[vllm\].*\[cpu\]"
+        ConfigError, match=r"is tokenspeed, .*hands no hidden states out.*\n  allowed: vllm, hf, sg"
     ):
-        create_engine(context("vllm"))
+        create_engine(context("tokenspeed"))
+
+
+@pytest.mark.parametrize(
+    ("name", "extras"), [("vllm", r"\[vllm\].*\[cpu\]"), ("sglang", r"\[sglang\]")]
+)
+def test_an_engine_that_is_not_installed(
+    context, monkeypatch: pytest.MonkeyPatch, name: str, extras: str
+) -> None:
+    monkeypatch.setitem(sys.modules, name, None)  # as if it were not there
+    with pytest.raises(ConfigError, match=rf"the package {name} is not installed\n.*{extras}"):
+        create_engine(context(name))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -58,7 +58,7 @@ class InferenceConfig(Section):
     """The engines that turn token ids into hidden states."""
 
     engine: Literal["vllm", "hf", "sglang", "tokenspeed"] = Field(
-        "vllm", description="vllm or hf (Transformers); the others have no implementation yet."
+        "vllm", description="hf is Transformers; tokenspeed cannot work yet."
     )
     aux_hidden_states_layers: Ints | None = Field(
         None, description="Residual stream after l layers; null: (2, L//2, L-3)."

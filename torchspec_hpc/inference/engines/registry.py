@@ -9,10 +9,17 @@ from torchspec_hpc.config.engines import require_implemented
 from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.inference.engines.base import Engine, EngineContext
 
-#: Module and class of each implemented engine.
+#: Module and class of each engine that works; an adapter for another one is one more file here,
+#: and its name in ``config.engines``.
 _ENGINES = {
     "vllm": ("torchspec_hpc.inference.engines.vllm", "VllmEngine"),
     "hf": ("torchspec_hpc.inference.engines.hf", "HfEngine"),
+    "sglang": ("torchspec_hpc.inference.engines.sglang", "SglangEngine"),
+}
+#: What brings an engine's packages.
+_INSTALL = {
+    "vllm": "pip install 'torchspec_hpc[vllm]' on GPU nodes, 'torchspec_hpc[cpu]' without",
+    "sglang": "pip install 'torchspec_hpc[sglang]' on GPU nodes",
 }
 
 
@@ -34,5 +41,5 @@ def create_engine(context: EngineContext) -> Engine:
             raise
         raise ConfigError(
             f"inference.engine is {name} and the package {missing} is not installed",
-            hint="pip install 'torchspec_hpc[vllm]' on GPU nodes, 'torchspec_hpc[cpu]' without",
+            hint=_INSTALL.get(name, f"pip install {missing}"),
         ) from error
