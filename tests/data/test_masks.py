@@ -8,6 +8,8 @@ import pytest
 from tests.data import templates
 from tests.data.templates import byte_tokenizer
 from tests.helpers import CHATML
+from torchspec_hpc.config.dataset_schema import DatasetConfig
+from torchspec_hpc.data.conversations import Conversation
 from torchspec_hpc.data.masks import ChatEncoder
 from torchspec_hpc.data.report import BadRow
 from torchspec_hpc.errors import ConfigError, DataError
@@ -22,9 +24,16 @@ CHAT = [
 THOUGHT = "<think>\nhm\n</think>\n\n"
 
 
+def encoder_of(
+    tokenizer: Any, last_turn_only: bool | Literal["auto"], **dataset: Any
+) -> ChatEncoder:
+    config = DatasetConfig(train_data_path="a.jsonl", last_turn_loss_only=last_turn_only, **dataset)
+    return ChatEncoder(tokenizer, config)
+
+
 def supervised(encoder: ChatEncoder, messages: list[dict[str, str]]) -> list[str]:
     """Runs of supervised tokens, decoded; the tokens must be those of the whole text."""
-    rendered = encoder.render(messages)
+    rendered = encoder.render(Conversation(messages))
     [(ids, mask)] = encoder.tokenize([rendered])
     tokenizer: Any = encoder._tokenizer
     assert tokenizer.decode(ids.tolist()) == rendered.text
@@ -50,18 +59,18 @@ def test_answers_and_ends_of_turn_are_supervised(
     tokenizer = byte_tokenizer(template, trim_offsets=trim_offsets)
     space = " " if template == templates.MISTRAL else ""  # " the" is one token, and is generated
     answers = [space + text + end for text in ANSWERS]
-    assert supervised(ChatEncoder(tokenizer, False), CHAT) == answers
-    assert supervised(ChatEncoder(tokenizer, True), CHAT) == answers[1:]
+    assert supervised(encoder_of(tokenizer, False), CHAT) == answers
+    assert supervised(encoder_of(tokenizer, True), CHAT) == answers[1:]
 
 
 def test_both_ways_give_the_same_tokens_and_mask() -> None:
     blocks, plain = (
-        ChatEncoder(byte_tokenizer(template), False)
+        encoder_of(byte_tokenizer(template), False)
         for template in (templates.BLOCKS, templates.STRIPS_THINKING)
     )
     for a, b in zip(
-        blocks.tokenize([blocks.render(CHAT)])[0],
-        plain.tokenize([plain.render(CHAT)])[0],
+        blocks.tokenize([blocks.render(Conversation(CHAT))])[0],
+        plain.tokenize([plain.render(Conversation(CHAT))])[0],
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
@@ -70,9 +79,9 @@ def test_both_ways_give_the_same_tokens_and_mask() -> None:
 @pytest.mark.parametrize("content", ["  padded answer\n", "the answer\n\n", " the"])
 def test_white_space_around_an_answer(content: str) -> None:
     chat = [CHAT[0], {"role": "assistant", "content": content}]
-    trimming = ChatEncoder(byte_tokenizer(templates.LLAMA3), False)
+    trimming = encoder_of(byte_tokenizer(templates.LLAMA3), False)
     assert supervised(trimming, chat) == [content.strip() + "<|eot_id|>"]
-    keeping = ChatEncoder(byte_tokenizer(CHATML), False)
+    keeping = encoder_of(byte_tokenizer(CHATML), False)
     assert supervised(keeping, chat) == [content + "<|im_end|>"]
 
 
@@ -81,8 +90,8 @@ def test_a_token_that_begins_in_the_prompt_is_not_supervised() -> None:
     tokenizer = byte_tokenizer(CHATML)
     newlines = tokenizer.convert_tokens_to_ids("ĊĊ")
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "\n\nthe"}]
-    encoder = ChatEncoder(tokenizer, False)
-    [(ids, mask)] = encoder.tokenize([encoder.render(chat)])
+    encoder = encoder_of(tokenizer, False)
+    [(ids, mask)] = encoder.tokenize([encoder.render(Conversation(chat))])
     assert not mask[ids.tolist().index(newlines)]
     assert tokenizer.decode(ids[mask].tolist()) == "\nthe<|im_end|>"
 
@@ -100,7 +109,7 @@ def test_a_token_that_begins_in_the_prompt_is_not_supervised() -> None:
 def test_auto_takes_the_last_turn_where_history_is_changed(
     template: str, last_turn_only: bool
 ) -> None:
-    assert ChatEncoder(byte_tokenizer(template), "auto").last_turn_only is last_turn_only
+    assert encoder_of(byte_tokenizer(template), "auto").last_turn_only is last_turn_only
 
 
 def test_thinking_taken_out_of_history() -> None:
@@ -108,24 +117,24 @@ def test_thinking_taken_out_of_history() -> None:
     for message in chat[1::2]:
         message["content"] = THOUGHT + message["content"]
     tokenizer = byte_tokenizer(templates.STRIPS_THINKING)
-    with pytest.raises(BadRow, match="not rendered as generated: the chat template changes turn 2"):
-        ChatEncoder(tokenizer, False).render(chat)
-    encoder = ChatEncoder(tokenizer, "auto")
+    everything = encoder_of(tokenizer, False)
+    assert everything.render(Conversation(chat)).num_changed == 1
+    assert supervised(everything, chat) == [THOUGHT + ANSWERS[1] + "<|im_end|>"]
+    encoder = encoder_of(tokenizer, "auto")
     assert supervised(encoder, chat) == [THOUGHT + ANSWERS[1] + "<|im_end|>"]
-    assert "hm" not in encoder.render(chat).text.split("And the text?")[0]
+    assert "hm" not in encoder.render(Conversation(chat)).text.split("And the text?")[0]
 
 
 def test_what_the_template_adds_before_an_answer_is_not_supervised() -> None:
-    encoder = ChatEncoder(byte_tokenizer(templates.EMPTY_THINKING), "auto")
+    encoder = encoder_of(byte_tokenizer(templates.EMPTY_THINKING), "auto")
     assert supervised(encoder, CHAT) == [ANSWERS[1] + "<|im_end|>"]
-    with pytest.raises(BadRow, match="changes turn 2"):
-        ChatEncoder(byte_tokenizer(templates.EMPTY_THINKING), False).render(CHAT)
+    everything = encoder_of(byte_tokenizer(templates.EMPTY_THINKING), False)
+    assert everything.render(Conversation(CHAT)).num_changed == 1
 
 
 @pytest.mark.parametrize(
     ("template", "messages", "reason"),
     [
-        (CHATML, CHAT[1:], "begins with the assistant"),
         (
             CHATML,
             [CHAT[0], {"role": "assistant", "content": "a <|im_end|> b"}],
@@ -146,15 +155,18 @@ def test_what_the_template_adds_before_an_answer_is_not_supervised() -> None:
 def test_rows_that_cannot_be_masked(
     template: str, messages: list[dict[str, str]], reason: str
 ) -> None:
-    encoder = ChatEncoder(byte_tokenizer(template), False)
+    encoder = encoder_of(byte_tokenizer(template), False)
     with pytest.raises(BadRow, match=reason):
-        encoder.render(messages)
+        encoder.render(Conversation(messages))
 
 
 @pytest.mark.parametrize(
     ("template", "found"),
     [
-        (templates.PROMPTS_THINKING, "the generation prompt .*<think>.* do not follow each other"),
+        (
+            templates.PROMPTS_THINKING.replace("<think>", "So: "),
+            "the generation prompt .*So: .* do not follow each other",
+        ),
         (templates.NO_TOKEN_AT_END, r"no end-of-turn token follows the answer, but ' \(over\)"),
         (CHATML.replace("message['content']", "message['text']"), "plain conversation: chat templ"),
         (CHATML.replace("message['content']", "message['content'] | upper"), "do not follow each"),
@@ -173,19 +185,19 @@ def test_rows_that_cannot_be_masked(
 )
 def test_templates_that_cannot_be_verified(template: str, found: str) -> None:
     with pytest.raises(DataError, match=found) as error:
-        ChatEncoder(byte_tokenizer(template), "auto")
+        encoder_of(byte_tokenizer(template), "auto")
     assert "{% generation %}" in str(error.value)
 
 
 def test_a_template_that_is_no_jinja() -> None:
     with pytest.raises(ConfigError, match=r"chat template, line 2: .*endfor"):
-        ChatEncoder(byte_tokenizer("{% for m in messages %}\n{{ m }}{% endfoo %}"), False)
+        encoder_of(byte_tokenizer("{% for m in messages %}\n{{ m }}{% endfoo %}"), False)
 
 
 def test_a_space_without_width_before_the_answer() -> None:
     tokenizer = byte_tokenizer(templates.SPACE, trim_offsets=True)
     chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "\nthe"}]
-    assert supervised(ChatEncoder(tokenizer, False), chat) == ["\nthe</s>"]
+    assert supervised(encoder_of(tokenizer, False), chat) == ["\nthe</s>"]
 
 
 @pytest.mark.parametrize("mode", [False, "auto"])
@@ -196,13 +208,13 @@ def test_blocks_may_be_cut_in_pieces(mode: Literal[False, "auto"]) -> None:
         "{% endgeneration %}{% generation %}{{ m['content'] }}{% endgeneration %}"
         "{% generation %}<|im_end|>{% endgeneration %}\n",
     )
-    encoder = ChatEncoder(byte_tokenizer(template), mode)
+    encoder = encoder_of(byte_tokenizer(template), mode)
     assert supervised(encoder, CHAT) == [text + "<|im_end|>" for text in ANSWERS]
 
 
 def test_a_template_without_end_of_turn_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     template = CHATML.replace("message['content'] + '<|im_end|>\\n'", "message['content']")
-    encoder = ChatEncoder(byte_tokenizer(template), False)
+    encoder = encoder_of(byte_tokenizer(template), False)
     assert supervised(encoder, CHAT) == ANSWERS
     assert "will not learn to stop" in caplog.text
 
@@ -211,14 +223,22 @@ def test_white_space_among_the_added_tokens_ends_no_turn() -> None:
     """Gemma's newlines are added tokens."""
     tokenizer = byte_tokenizer(CHATML.replace("<|im_end|>", "\\n<|im_end|>"))
     tokenizer.add_tokens(["\n", "\n\n"])
-    encoder = ChatEncoder(tokenizer, False)
+    encoder = encoder_of(tokenizer, False)
     assert supervised(encoder, CHAT) == [text + "\n<|im_end|>" for text in ANSWERS]
 
 
 def test_the_fingerprint_knows_template_tokenizer_and_mode() -> None:
     tokenizers = [byte_tokenizer(), byte_tokenizer(templates.LLAMA3), byte_tokenizer()]
     tokenizers[2].add_tokens(["<extra>"])
-    prints = {ChatEncoder(tokenizer, False).fingerprint() for tokenizer in tokenizers}
-    prints.add(ChatEncoder(byte_tokenizer(), True).fingerprint())
+    prints = {encoder_of(tokenizer, False).fingerprint() for tokenizer in tokenizers}
+    prints.add(encoder_of(byte_tokenizer(), True).fingerprint())
     assert len(prints) == 4
-    assert ChatEncoder(byte_tokenizer(), "auto").fingerprint() in prints
+    assert encoder_of(byte_tokenizer(), "auto").fingerprint() in prints
+
+
+def test_an_end_of_turn_outside_of_the_block_is_supervised() -> None:
+    template = templates.BLOCKS.replace(
+        "<|im_end|>\n{% endgeneration %}", "{% endgeneration %}<|im_end|>\n"
+    )
+    encoder = encoder_of(byte_tokenizer(template), False)
+    assert supervised(encoder, CHAT) == [text + "<|im_end|>" for text in ANSWERS]

@@ -17,6 +17,7 @@ from tests.training.saved import assert_same_content, content
 from torchspec_hpc.config import load_config
 from torchspec_hpc.config.rundir import cache_dir
 from torchspec_hpc.data.dataset import prepare_dataset
+from torchspec_hpc.data.shards import COLUMNS, Encoded, shard_path, write_index, write_shard
 from torchspec_hpc.export.checkpoint import read_checkpoint
 from torchspec_hpc.transfer.messages import Request
 
@@ -153,12 +154,16 @@ def write_odd_samples(run: Run) -> None:
         config.training.max_seq_length,
         cache_dir(config),
     )
-    folder = cache_dir(config) / dataset.key
-    masks = [np.arange(length) >= first for length, first in ODD_SAMPLES]
-    ends = np.cumsum([0, *map(len, masks)])
-    np.save(folder / "input_ids.npy", dataset.input_ids[: ends[-1]].copy())
-    np.save(folder / "loss_mask.npy", np.concatenate(masks))
-    np.save(folder / "offsets.npy", ends)
+    samples = []
+    for length, first in ODD_SAMPLES:
+        mask = np.arange(length) >= first
+        ids = np.resize(dataset[0].input_ids, length)
+        columns = dict.fromkeys(COLUMNS, 0) | {"length": length}
+        samples.append(Encoded(ids, mask, columns))
+    write_shard(shard_path(dataset.folder, 0), samples, [], len(samples))
+    lengths = np.array([length for length, _ in ODD_SAMPLES], dtype=np.int32)
+    place = {"shard": np.zeros_like(lengths), "start": np.cumsum(lengths, dtype=np.int64) - lengths}
+    write_index(dataset.folder, {"length": lengths, **place})
 
 
 @pytest.mark.parametrize("packing", [{"micro_batch_size": 1}, {"micro_batch_tokens": 100}])

@@ -27,7 +27,8 @@ def _base(value: str, info: ValidationInfo) -> Path:
     return Path(info.context["base_dir"])
 
 
-def _resolve_path(value: Any, info: ValidationInfo) -> Any:
+def resolve_path(value: Any, info: ValidationInfo) -> Any:
+    """An absolute path; relative ones start at the directory of the YAML file."""
     if not isinstance(value, str):
         return value
     return os.path.normpath(_base(value, info) / Path(value).expanduser())
@@ -57,7 +58,7 @@ def _names(value: Any) -> Any:
 
 
 #: A file or directory; relative ones start at the directory of the YAML file.
-PathStr = Annotated[str, BeforeValidator(_resolve_path)]
+PathStr = Annotated[str, BeforeValidator(resolve_path)]
 #: A model directory or a hub id.
 ModelRef = Annotated[str, BeforeValidator(_resolve_model)]
 #: A number of bytes, or a string such as ``4GiB``.

@@ -1,137 +1,113 @@
-"""ShareGPT and OpenAI rows as one form: OpenAI messages of plain text."""
+"""Rows of any known form as one: OpenAI messages, text, or tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
-from torchspec_hpc.data.report import BadRow, Rejection
-from torchspec_hpc.data.rows import read_rows
+import numpy as np
+from numpy.typing import NDArray
 
-#: ``{"role": ..., "content": ...}``
-Message = dict[str, str]
+from torchspec_hpc.data.messages import Message, message_of, plain_text, tool_definitions
+from torchspec_hpc.data.report import BadRow
 
 COLUMNS = ("conversations", "messages")
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "tool": "tool",
-}
-# Parts of a conversation that carry text which this version does not render. Leaving them out
-# silently would train on conversations that never happened.
-_UNSUPPORTED_TURN_KEYS = ("tool_calls", "function_call", "reasoning_content", "reasoning")
-_UNSUPPORTED_ROW_KEYS = ("tools", "functions")
+TOKENS, TEXT = ("input_ids", "loss_mask"), "text"
+_MAX_TOKEN_ID = np.iinfo(np.int32).max
 
 
 class Conversation(NamedTuple):
-    """Turns of one row, up to the last one of the assistant."""
+    """Turns of one row, up to the last one of the assistant, and the tools it may call."""
 
-    line: int
     messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
 
 
-def read_conversations(path: Path, prompt_key: str | None) -> Iterator[Conversation | Rejection]:
-    """Streams the conversations of a data file.
+class Tokens(NamedTuple):
+    """A row that is tokenized already: int32 and bool ``[T]``."""
+
+    input_ids: NDArray[np.int32]
+    loss_mask: NDArray[np.bool_]
+
+
+class Text(NamedTuple):
+    """A row of text without turns: every token of it is trained on."""
+
+    text: str
+
+
+def parse_row(row: Any, prompt_key: str | None) -> Conversation | Tokens | Text:
+    """What a row holds.
 
     Args:
-        path: ``.jsonl``, ``.json`` or ``.parquet``.
-        prompt_key: Column of the turns; None takes ``conversations`` or ``messages``.
-
-    Raises:
-        DataError: The file cannot be read at all.
-    """
-    for row in read_rows(path):
-        if isinstance(row, Rejection):
-            yield row
-            continue
-        try:
-            yield Conversation(row.line, parse_conversation(row.value, prompt_key))
-        except BadRow as error:
-            yield Rejection(row.line, str(error))
-
-
-def parse_conversation(row: Any, prompt_key: str | None) -> list[Message]:
-    """Turns of a row in OpenAI form.
-
-    Turns after the assistant's last one are left out: nothing in them is trained on, and templates
-    that shorten history would treat the answer before them as history.
+        row: An object of a data file.
+        prompt_key: Column of the turns; None takes ``conversations`` or ``messages``, then
+            ``input_ids`` with ``loss_mask``, then ``text``.
 
     Raises:
         BadRow: With the reason.
     """
-    turns = _turns(row, prompt_key)
-    messages = [_message(turn, number) for number, turn in enumerate(turns, start=1)]
+    if not isinstance(row, Mapping):
+        raise BadRow(f"not an object: found {type(row).__name__}")
+    for column in (prompt_key,) if prompt_key else COLUMNS:
+        if row.get(column) is not None:
+            return _conversation(row, column)
+    if prompt_key is None and row.get(TOKENS[0]) is not None:
+        return _tokens(row)
+    if prompt_key is None and row.get(TEXT) is not None:
+        return Text(plain_text(row[TEXT], TEXT))
+    expected = prompt_key or f"{' or '.join(COLUMNS)}, {' with '.join(TOKENS)}, or {TEXT}"
+    raise BadRow(
+        f"no column of turns: found {', '.join(map(str, row)) or 'no column'}; "
+        f"expected {expected} (dataset.prompt_key)"
+    )
+
+
+def _conversation(row: Mapping[str, Any], column: str) -> Conversation:
+    """Turns in OpenAI form.
+
+    Those after the assistant's last one are left out: nothing in them is trained on, and templates
+    that shorten history would treat the answer before them as history.
+    """
+    turns = row[column]
+    if not isinstance(turns, list):
+        raise BadRow(f"turns are no list: {column} is {type(turns).__name__}")
+    messages = [message_of(turn, number) for number, turn in enumerate(turns, start=1)]
     if row.get("system") and messages and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": _text(row["system"], "system column")})
+        messages.insert(
+            0, {"role": "system", "content": plain_text(row["system"], "system column")}
+        )
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     if not messages:
         raise BadRow("no assistant turn")
-    return messages
+    _check_order(messages)
+    return Conversation(messages, tool_definitions(row.get("tools") or row.get("functions")))
 
 
-def _turns(row: Any, prompt_key: str | None) -> list[Any]:
-    if not isinstance(row, Mapping):
-        raise BadRow(f"not an object: found {type(row).__name__}")
-    for key in _UNSUPPORTED_ROW_KEYS:
-        if row.get(key):
-            raise BadRow(f"{key} are not supported")
-    columns = (prompt_key,) if prompt_key else COLUMNS
-    column = next((name for name in columns if row.get(name) is not None), None)
-    if column is None:
-        raise BadRow(
-            f"no column of turns: found {', '.join(map(str, row)) or 'no column'}; "
-            f"expected {' or '.join(columns)} (dataset.prompt_key)"
-        )
-    turns = row[column]
-    if not isinstance(turns, list):
-        raise BadRow(f"turns are no list: {column} is {type(turns).__name__}")
-    return turns
+def _check_order(messages: list[Message]) -> None:
+    """What no chat is: an answer to nothing, or a tool's result that nobody asked for."""
+    roles = [message["role"] for message in messages]
+    before = [role for role in roles[: roles.index("assistant")] if role != "system"]
+    if not before:
+        raise BadRow("role order: begins with the assistant, there is no prompt to answer")
+    for number, (earlier, role) in enumerate(pairwise(roles), start=2):
+        if role == "assistant" and earlier == "assistant":
+            raise BadRow(f"role order: turn {number} is an answer to the answer before it")
+        if role == "tool" and earlier not in ("assistant", "tool"):
+            raise BadRow(f"role order: turn {number} is a tool's result after {earlier}")
 
 
-def _message(turn: Any, number: int) -> Message:
-    if not isinstance(turn, Mapping):
-        raise BadRow(f"turn is no object: turn {number} is {type(turn).__name__}")
-    for key in _UNSUPPORTED_TURN_KEYS:
-        if turn.get(key):
-            raise BadRow(f"{key} is not supported: turn {number}")
-    name, text = _fields(turn, number)
-    role = ROLES.get(name) if isinstance(name, str) else None
-    if role is None:
-        raise BadRow(f"unknown role: {name!r} in turn {number}; known: {', '.join(ROLES)}")
-    content = _text(text, f"turn {number} ({role})")
-    if role in ("user", "assistant") and not content.strip():
-        raise BadRow(f"empty text: turn {number} ({role})")
-    return {"role": role, "content": content}
-
-
-def _fields(turn: Mapping[str, Any], number: int) -> tuple[Any, Any]:
-    for role_key, text_key in (("role", "content"), ("from", "value")):
-        if turn.get(role_key) is not None:  # Parquet fills absent fields with null
-            return turn[role_key], turn.get(text_key)
-    raise BadRow(
-        f"turn without role: turn {number} has {', '.join(map(str, turn)) or 'nothing'}; "
-        "expected role and content, or from and value"
-    )
-
-
-def _text(value: Any, where: str) -> str:
-    """Plain text, or the joined text parts of OpenAI's list form."""
-    if value is None:
-        value = ""
-    if isinstance(value, list):
-        kinds = {part.get("type") if isinstance(part, Mapping) else None for part in value}
-        if kinds - {"text"}:
-            raise BadRow(f"content is not text: {where} has parts {sorted(map(str, kinds))}")
-        value = "".join(str(part.get("text") or "") for part in value)
-    if not isinstance(value, str):
-        raise BadRow(f"content is not text: {where} is {type(value).__name__}")
-    try:
-        value.encode()  # JSON can spell half of a surrogate pair, tokenizers cannot take it
-    except UnicodeEncodeError:
-        raise BadRow(f"content is not Unicode: {where} has half of a surrogate pair") from None
-    return value
+def _tokens(row: Mapping[str, Any]) -> Tokens:
+    ids, mask = (row.get(column) for column in TOKENS)
+    if not isinstance(ids, list) or not isinstance(mask, list):
+        found = ", ".join(f"{c} is {type(row.get(c)).__name__}" for c in TOKENS)
+        raise BadRow(f"tokens are no lists: {found}")
+    if len(ids) != len(mask):
+        raise BadRow(f"tokens and mask differ in length: {len(ids)} and {len(mask)}")
+    if not all(type(i) is int and 0 <= i <= _MAX_TOKEN_ID for i in ids):
+        raise BadRow("tokens are not ids: input_ids must be whole numbers of 0 and up")
+    if not set(mask) <= {0, 1}:
+        raise BadRow(f"mask is not of 0 and 1: loss_mask has {sorted(set(mask) - {0, 1})[:5]}")
+    return Tokens(np.array(ids, dtype=np.int32), np.array(mask, dtype=np.bool_))

@@ -1,14 +1,16 @@
-"""What became of every row of a data file."""
+"""What became of every row of a data set."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torchspec_hpc.config.rundir import write_atomic
+
+#: Beside the report: every bad row, a line of JSON each.
+REJECTED = "rejected.jsonl"
 
 
 class BadRow(ValueError):
@@ -19,8 +21,15 @@ class BadRow(ValueError):
 
 
 class Rejection(NamedTuple):
-    """A row that was left out: its line (rows of Parquet and JSON arrays count from 1), and why."""
+    """A row that was left out.
 
+    Attributes:
+        file: Its data file.
+        line: Of it; rows of Parquet, Arrow and JSON arrays count from 1.
+        reason: Why.
+    """
+
+    file: str
     line: int
     reason: str
 
@@ -32,61 +41,82 @@ class Rejection(NamedTuple):
 
 @dataclass
 class DatasetReport:
-    """Counts of one prepared data file.
+    """Counts of one prepared data set.
 
     Attributes:
-        num_rows: Rows read; every one is a sample or a rejection.
+        num_rows: Rows read; every one is a sample or was rejected.
         num_samples: Rows that became samples.
-        rejected: Rows left out.
+        rejected: Rows left out, by kind of reason.
+        examples: The first rejection of each kind.
         truncated: Samples cut at the longest sequence length.
+        changed_answers: Earlier answers that the template shows otherwise than they were given:
+            not supervised.
         num_tokens: Tokens of all samples.
         num_supervised: Those of them that the assistant said.
+        num_text: Samples that are text without turns.
+        num_all_supervised: Other samples of which every token is supervised.
         loss_mask: How the mask was found, in words.
+        files: What was read.
     """
 
     num_rows: int = 0
     num_samples: int = 0
-    rejected: list[Rejection] = field(default_factory=list)
+    rejected: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, Rejection] = field(default_factory=dict)
     truncated: int = 0
+    changed_answers: int = 0
     num_tokens: int = 0
     num_supervised: int = 0
+    num_text: int = 0
+    num_all_supervised: int = 0
     loss_mask: str = ""
+    files: list[str] = field(default_factory=list)
+
+    @property
+    def num_rejected(self) -> int:
+        """Rows left out."""
+        return sum(self.rejected.values())
 
     @property
     def rejected_share(self) -> float:
         """Rejected rows by all rows."""
-        return len(self.rejected) / self.num_rows if self.num_rows else 0.0
+        return self.num_rejected / self.num_rows if self.num_rows else 0.0
+
+    def reject(self, rejection: Rejection) -> None:
+        """Counts one more bad row."""
+        self.rejected[rejection.kind] = self.rejected.get(rejection.kind, 0) + 1
+        self.examples.setdefault(rejection.kind, rejection)
 
     def write(self, path: Path) -> None:
         """Writes the report as JSON."""
-        write_atomic(path, asdict(self) | {"reasons": self._kinds()})
+        write_atomic(path, asdict(self))
 
     @classmethod
     def read(cls, path: Path) -> DatasetReport:
         """Reads what :meth:`write` wrote."""
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        del data["reasons"]
-        data["rejected"] = [Rejection(*item) for item in data["rejected"]]
+        data["examples"] = {kind: Rejection(*item) for kind, item in data["examples"].items()}
         return cls(**data)
 
     def summary(self) -> str:
         """One line for the log."""
+        changed = f", {self.changed_answers} earlier answers left out" * bool(self.changed_answers)
         return (
             f"{self.num_samples} samples of {self.num_rows} rows "
-            f"({len(self.rejected)} rejected, {self.truncated} truncated), "
+            f"({self.num_rejected} rejected, {self.truncated} truncated{changed}), "
             f"{self.num_tokens} tokens, {self.num_supervised} supervised; {self.loss_mask}"
         )
 
     def table(self, max_kinds: int = 8) -> str:
         """Reasons by frequency, with the first row of each."""
-        first = {item.kind: item for item in reversed(self.rejected)}
         lines = ["    rows  first at  reason"]
-        for kind, count in list(self._kinds().items())[:max_kinds]:
-            reason = " ".join(first[kind].reason.split())
-            lines.append(f"{count:8d}  {first[kind].line:8d}  {reason:.300}")
-        if (more := len(first) - max_kinds) > 0:
+        counts = sorted(self.rejected.items(), key=lambda item: -item[1])
+        for kind, count in counts[:max_kinds]:
+            first = self.examples[kind]
+            where = f"{Path(first.file).name}: " if len(self.files) > 1 else ""
+            lines.append(
+                f"{count:8d}  {first.line:8d}  {where}{' '.join(first.reason.split()):.300}"
+            )
+        if (more := len(counts) - max_kinds) > 0:
             lines.append(f"          and {more} more reasons")
         return "\n".join(lines)
-
-    def _kinds(self) -> dict[str, int]:
-        return dict(Counter(item.kind for item in self.rejected).most_common())

@@ -1,17 +1,22 @@
-"""Rows of ``.jsonl``, ``.json`` and ``.parquet`` files, one at a time."""
+"""Rows of data files, one at a time.
+
+Reading and parsing are apart: one process reads, as many as there are cores parse. A line of JSON
+is read as bytes; :func:`value_of` makes an object of it.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torchspec_hpc.data.report import Rejection
+from torchspec_hpc.data.report import BadRow
 from torchspec_hpc.errors import DataError
 
-FORMATS = ".jsonl, .json, .parquet"
+FORMATS = (".jsonl", ".json", ".parquet", ".arrow")
 _CHUNK_CHARS = 1 << 18
+_BATCH_ROWS = 1024
 
 
 class Row(NamedTuple):
@@ -19,14 +24,14 @@ class Row(NamedTuple):
 
     Attributes:
         line: Line of a JSONL file, number of the row elsewhere; counts from 1.
-        value: What JSON or Parquet made of it.
+        value: The bytes of a line of JSON; elsewhere the object.
     """
 
     line: int
     value: Any
 
 
-def read_rows(path: Path) -> Iterator[Row | Rejection]:
+def read_rows(path: Path) -> Iterator[Row]:
     """Streams a data file; memory does not grow with its size.
 
     Args:
@@ -46,26 +51,35 @@ def read_rows(path: Path) -> Iterator[Row | Rejection]:
             return _read_lines(path)
         case ".json":
             return _read_array(path) if _starts_array(path) else _read_lines(path)
-        case ".parquet":
-            return _read_parquet(path)
+        case ".parquet" | ".arrow":
+            return _read_table(path)
         case suffix:
-            raise DataError(f"data file {path} has the suffix {suffix!r}", allowed=FORMATS)
+            raise DataError(
+                f"data file {path} has the suffix {suffix!r}", allowed=", ".join(FORMATS)
+            )
 
 
-def _read_lines(path: Path) -> Iterator[Row | Rejection]:
+def value_of(row: Row) -> Any:
+    """The object of a row.
+
+    Raises:
+        BadRow: The line is not UTF-8, or no JSON.
+    """
+    if not isinstance(row.value, bytes):
+        return row.value
+    try:
+        return json.loads(row.value.decode("utf-8-sig" if row.line == 1 else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise BadRow(f"not UTF-8: {error.reason} at byte {error.start}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"broken JSON: {error}") from None
+
+
+def _read_lines(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:
         for line, raw in enumerate(file, start=1):
-            try:
-                text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                yield Rejection(line, f"not UTF-8: {error.reason} at byte {error.start}")
-                continue
-            if not text.strip():
-                continue
-            try:
-                yield Row(line, json.loads(text))
-            except (ValueError, RecursionError) as error:
-                yield Rejection(line, f"broken JSON: {error}")
+            if raw.strip():
+                yield Row(line, raw)
 
 
 def _starts_array(path: Path) -> bool:
@@ -73,7 +87,7 @@ def _starts_array(path: Path) -> bool:
         return file.read(4096).lstrip()[:1] == "["
 
 
-def _read_array(path: Path) -> Iterator[Row | Rejection]:
+def _read_array(path: Path) -> Iterator[Row]:
     """Reads ``[row, row, ...]`` through a window; json.load would hold the whole file."""
     decoder = json.JSONDecoder()
     number = 0
@@ -99,21 +113,47 @@ def _read_array(path: Path) -> Iterator[Row | Rejection]:
             window = rest.removeprefix(",").lstrip()
 
 
-def _read_parquet(path: Path) -> Iterator[Row | Rejection]:
+def _read_table(path: Path) -> Iterator[Row]:
+    """Parquet, and both of Arrow's own formats (Hugging Face datasets write the streamed one)."""
     try:
         import pyarrow as pa
-        from pyarrow import parquet
     except ImportError:
         raise DataError(
             f"{path} needs pyarrow, which is not installed",
             hint='pip install "torchspec_hpc[parquet]", or convert the file to .jsonl',
         ) from None
+    number = 0
     try:
-        file = parquet.ParquetFile(path)
-        number = 0
-        for batch in file.iter_batches(batch_size=1024):
-            for value in batch.to_pylist():
-                number += 1
-                yield Row(number, value)
+        for batch in _record_batches(path):
+            for start in range(0, batch.num_rows, _BATCH_ROWS):
+                for value in batch.slice(start, _BATCH_ROWS).to_pylist():
+                    number += 1
+                    yield Row(number, without_nulls(value))
     except pa.ArrowException as error:
-        raise DataError(f"{path} cannot be read as Parquet: {error}") from error
+        kind = "Parquet" if path.suffix == ".parquet" else "Arrow"
+        raise DataError(f"{path} cannot be read as {kind}: {error}") from error
+
+
+def _record_batches(path: Path) -> Iterator[Any]:
+    import pyarrow as pa
+
+    if path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        yield from parquet.ParquetFile(path).iter_batches(batch_size=_BATCH_ROWS)
+        return
+    with pa.memory_map(str(path)) as source:
+        try:
+            file = pa.ipc.open_file(source)
+        except pa.ArrowInvalid:
+            source.seek(0)
+            yield from pa.ipc.open_stream(source)
+        else:
+            yield from (file.get_batch(i) for i in range(file.num_record_batches))
+
+
+def without_nulls(value: Any) -> Any:
+    """Tables give every object the fields of all the others, as null."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from torchspec_hpc.data.dataset import TokenDataset
+from torchspec_hpc.data.shards import TokenDataset
 from torchspec_hpc.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -43,10 +43,11 @@ def draft_vocabulary(
             f"special token ids {special.tolist()} do not fit a vocabulary of {vocab_size}",
             hint="the tokenizer and the config.json of the target do not belong together",
         )
-    rank = count_supervised(dataset, vocab_size)
+    counts = count_supervised(dataset, vocab_size)
+    rank = counts.copy()
     rank[special] = np.iinfo(np.int64).max
     kept = np.sort(np.argsort(-rank, kind="stable")[:draft_vocab_size])
-    share = coverage(dataset, vocab_size, kept)
+    share = counts[kept].sum() / counts.sum()
     logger.info("draft vocabulary: %d ids cover %.2f %% of tokens", len(kept), 100 * share)
     return kept
 
@@ -57,15 +58,12 @@ def coverage(dataset: TokenDataset, vocab_size: int, kept_ids: NDArray[np.int64]
     return float(counts[kept_ids].sum() / counts.sum())
 
 
-def count_supervised(
-    dataset: TokenDataset, vocab_size: int, chunk_tokens: int = 1 << 22
-) -> NDArray[np.int64]:
+def count_supervised(dataset: TokenDataset, vocab_size: int) -> NDArray[np.int64]:
     """How often the assistant says each token.
 
     Args:
-        dataset: Read in order, once.
+        dataset: Read in order, once, a shard at a time.
         vocab_size: Rows of the target's head, V.
-        chunk_tokens: Tokens held in memory at a time.
 
     Returns:
         int64 ``[V]``.
@@ -74,9 +72,7 @@ def count_supervised(
         ConfigError: A token has no row in the target's head.
     """
     counts = np.zeros(vocab_size, dtype=np.int64)
-    for start in range(0, len(dataset.input_ids), chunk_tokens):
-        chunk = slice(start, start + chunk_tokens)
-        said = dataset.input_ids[chunk][dataset.loss_mask[chunk]]
+    for said in dataset.supervised_tokens():
         found = np.bincount(said, minlength=vocab_size)
         if len(found) > vocab_size:
             raise ConfigError(

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 import torchspec_hpc
 from torchspec_hpc.config import Config, RunDir
@@ -164,19 +163,13 @@ def _open_held_out(config: Config, world: World) -> list[TokenDataset]:
 
 
 def _open_dataset(config: Config, world: World, path: str) -> TokenDataset:
-    """Tokenizes once, on the main rank; the others open what it made."""
-    if not world.is_main:
-        dist.barrier()
-    dataset = prepare_dataset(
-        path,
-        config.dataset,
-        config.model,
-        config.training.max_seq_length,
-        cache_dir(config),
-    )
-    if world.is_main:
-        dist.barrier()
-    return dataset
+    """Tokenizes once, on the main rank; the others open what it made, without a tokenizer."""
+
+    def prepare() -> Path:
+        length = config.training.max_seq_length
+        return prepare_dataset(path, config.dataset, config.model, length, cache_dir(config)).folder
+
+    return TokenDataset(ask_main(world, prepare))
 
 
 def _window_tokens(config: Config, token_bytes: int, datasets: list[TokenDataset]) -> int:
