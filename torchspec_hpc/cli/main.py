@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from torchspec_hpc import __version__
-from torchspec_hpc.cli import run_commands, submit_commands
+from torchspec_hpc.cli import data_commands, run_commands, submit_commands
 from torchspec_hpc.cli.arguments import ConfigFile, Overrides, Resume, RunPath
 from torchspec_hpc.cli.evaluate_command import evaluate
 from torchspec_hpc.cli.export_command import export
@@ -65,6 +65,7 @@ app.add_typer(submit_commands.app)
 app.add_typer(run_commands.app)
 app.command()(export)
 app.command()(evaluate)
+app.add_typer(data_commands.app)
 
 
 @app.command()

@@ -176,7 +176,7 @@ class ChatTemplate:
             return text, (len(prompt), len(text))
         if not text.startswith(prompt):
             text = self._after_its_prompt(messages, tools, text, prompt)
-        return text, self._answer(messages, len(messages) - 1, text, tools)
+        return text, self._answer(messages, len(messages) - 1, text, prompt)
 
     def _written(self, answer: Message, prompt: str) -> str:
         """An answer of a model that thinks, by a template that writes no thinking at all.
@@ -208,23 +208,24 @@ class ChatTemplate:
     def _earlier(self, messages: list[Message], turn: int, text: str, tools: Tools) -> Span | None:
         """An answer before the last one, if the whole conversation has it as it was generated."""
         shown = self.template.text(messages[: turn + 1], tools)
-        span = self._answer(messages, turn, shown, tools)
+        prompt = self.template.text(messages[:turn], tools, prompt=True)
+        span = self._answer(messages, turn, shown, prompt)
         return span if span and text.startswith(shown[: span[1]]) else None
 
-    def _answer(self, messages: list[Message], turn: int, shown: str, tools: Tools) -> Span | None:
+    def _answer(self, messages: list[Message], turn: int, shown: str, prompt: str) -> Span | None:
         """Characters of an answer.
 
         Args:
-            messages: Those before the turn count, and its own.
+            messages: Of the conversation.
             turn: Index of the answer.
             shown: The conversation up to and with it.
-            tools: That may be called.
+            prompt: What the model was prompted with for it.
 
         Returns:
             None if it is not there as it was given.
         """
         answer, form = messages[turn], self.form
-        start = self._start(messages[:turn], shown, tools)
+        start = self._start(prompt, shown)
         pieces = list(pieces_of(answer))
         if form.end_of_turn and any(form.end_of_turn in piece for piece in pieces):
             raise BadRow(f"text holds an end of turn: {form.end_of_turn} in turn {turn + 1}")
@@ -244,9 +245,8 @@ class ChatTemplate:
         said = shown[start:end]
         return (start, end) if end and all(piece.strip() in said for piece in pieces) else None
 
-    def _start(self, before: list[Message], shown: str, tools: Tools) -> int | None:
+    def _start(self, prompt: str, shown: str) -> int | None:
         """Where the prompt of a turn ends in what is shown."""
-        prompt = self.template.text(before, tools, prompt=True)
         if not shown.startswith(prompt) and self.form.hidden:
             prompt = prompt.removesuffix(self.form.hidden)
         return len(prompt) if shown.startswith(prompt) else None

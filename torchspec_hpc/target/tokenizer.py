@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchspec_hpc.config.schema import ModelConfig
 from torchspec_hpc.errors import ConfigError
+from torchspec_hpc.target.files import model_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,6 +54,24 @@ def load_tokenizer(model: ModelConfig, chat_template: str | None) -> PreTrainedT
         tokenizer.chat_template = _read_template(Path(chat_template))
     require_chat_template(tokenizer, path)
     return tokenizer
+
+
+def load_decoder(model: ModelConfig) -> Callable[[list[int]], str]:
+    """What turns token ids into text, special tokens too; without importing transformers.
+
+    Raises:
+        ConfigError: The target has no tokenizer.json.
+    """
+    from tokenizers import Tokenizer
+
+    path = model_file(model.target_model_path, "tokenizer.json")
+    if path is None:
+        raise ConfigError(
+            f"{model.target_model_path} has no tokenizer.json",
+            hint="save a fast tokenizer into the model directory",
+        )
+    tokenizer = Tokenizer.from_file(str(path))
+    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False))
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> str:

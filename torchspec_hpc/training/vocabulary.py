@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from torchspec_hpc.config import Config, RunDir
@@ -18,6 +19,8 @@ from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.target.spec import TargetSpec
 from torchspec_hpc.training.initial_draft import InitialDraft
 from torchspec_hpc.training.parallel import World
+
+Ids = NDArray[np.int64]
 
 
 def load_kept_ids(
@@ -39,7 +42,7 @@ def load_kept_ids(
         Ascending ids, int64 ``[draft_vocab_size]``; None if the draft has the target's vocabulary.
 
     Raises:
-        ConfigError: The sizes of the vocabularies do not fit.
+        ConfigError: The sizes of the vocabularies do not fit, or a checkpoint has another one.
     """
     size = config.model.draft_vocab_size
     if size is None or size == spec.vocab_size:
@@ -54,6 +57,8 @@ def load_kept_ids(
             specials = {spec.bos_token_id, *spec.eos_token_ids} - {None}
             kept = draft_vocabulary(dataset, spec.vocab_size, size, specials)  # type: ignore[arg-type]
         _save(path, kept)
+    elif world.is_main and source is not None and (source / KEPT_IDS).is_file():
+        _require_same(np.load(path), np.load(source / KEPT_IDS), path, source)
     dist.barrier()
     kept = np.load(path)
     if len(kept) != size:
@@ -64,7 +69,16 @@ def load_kept_ids(
     return torch.from_numpy(kept)
 
 
-def _save(path: Path, kept: np.ndarray[tuple[int], np.dtype[np.int64]]) -> None:
+def _require_same(kept: Ids, saved: Ids, path: Path, source: Path) -> None:
+    """The rows of a checkpoint's head are those ids, whatever the run's file says by now."""
+    if not np.array_equal(kept, saved):
+        raise ConfigError(
+            f"{path} keeps other tokens than the head of {source} has rows for",
+            hint=f"copy {source / KEPT_IDS} there, or start a new run",
+        )
+
+
+def _save(path: Path, kept: Ids) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.npy")
     np.save(temporary, kept)
     temporary.replace(path)
