@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -186,8 +187,7 @@ def _print_samples(
 def runs(mask: list[bool]) -> list[tuple[int, int, bool]]:
     """Stretches of equal values: start, end, value."""
     borders = [i for i in range(1, len(mask)) if mask[i] != mask[i - 1]]
-    starts = [0, *borders] if mask else []
-    return [(a, b, mask[a]) for a, b in zip(starts, [*borders, len(mask)], strict=True)]
+    return [(a, b, mask[a]) for a, b in pairwise([0, *borders, len(mask)]) if b > a]
 
 
 def _lengths_table(summary: Summary) -> Table:
