@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.helpers import conversations, write_jsonl
-from torchspec_hpc.cli.data_command import runs
+from torchspec_hpc.cli.data_commands import runs
 from torchspec_hpc.cli.main import app
 from torchspec_hpc.errors import DataError
 
