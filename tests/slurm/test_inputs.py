@@ -41,11 +41,19 @@ def test_a_file_that_is_there(tmp_path: Path, section: str, key: str) -> None:
     check_inputs(config_with(tmp_path, section, **{key: "there"}))
 
 
-@pytest.mark.parametrize("engine", ["sglang", "tokenspeed"])
-def test_an_engine_that_is_only_a_name(tmp_path: Path, engine: str) -> None:
-    config = config_with(tmp_path, "inference", engine=engine)
-    with pytest.raises(UserError, match=rf"engine is {engine}, which has.*\n  allowed: vllm, hf"):
+def test_an_engine_that_cannot_work_yet(tmp_path: Path) -> None:
+    config = config_with(tmp_path, "inference", engine="tokenspeed")
+    with pytest.raises(UserError, match=r"engine is tokenspeed, which .*\n  allowed: vllm, hf"):
         check_inputs(config)
+
+
+def test_a_job_without_engines_has_one_component(tmp_path: Path) -> None:
+    values = {"inference_num_gpus": 0, "cache_dir": "states"}
+    config = config_with(tmp_path, "inference", **values)
+    with pytest.raises(UserError, match=r"num_gpus = 0 with slurm.topology = het.*\n.*=single"):
+        check_inputs(config)
+    slurm = config.slurm.model_copy(update={"topology": "single"})
+    check_inputs(config.model_copy(update={"slurm": slurm}))
 
 
 def test_wandb_where_it_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,6 +152,22 @@ def test_one_allocation_for_both_groups(patient: Cluster, tmp_path: Path, topolo
         assert devices(run, "training") == {"2,3"}, log
 
 
+def test_a_job_without_engines(patient: Cluster, tmp_path: Path) -> None:
+    """All hidden states are on disk: every node of the job is a trainer's."""
+    group = {**GROUP, "partition": "infer"}
+    slurm = {**SLURM, "topology": "single", "inference": group, "training": group}
+    sizes = {
+        "inference": {"inference_num_gpus": 0, "cache_dir": str(tmp_path / "states")},
+        "training": {"training_num_nodes": 2},
+    }
+    run = make_run(tmp_path / "r", Plan(num_steps=5), cluster="slurm", slurm=slurm, **sizes)
+    finish(patient, submit(patient, run), run)
+    assert run.steps() == [1, 2, 3, 4, 5]
+    assert not (run.dir.latest_logs / "inference_step.log").exists()
+    nodes = {path.name for path in (run.dir.latest_logs / "training").iterdir()}
+    assert nodes == {"infer0", "infer1"}
+
+
 def test_a_chain_of_jobs_goes_on_where_requeueing_is_forbidden(
     patient: Cluster, tmp_path: Path
 ) -> None:

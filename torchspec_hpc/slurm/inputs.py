@@ -23,11 +23,8 @@ def check_inputs(config: Config) -> None:
     """
     dataset, model, training = config.dataset, config.model, config.training
     require_implemented(config.inference.engine)
-    if config.cluster == "slurm" and not config.inference.num_engines:
-        raise ConfigError(
-            "inference.inference_num_gpus = 0 with cluster: slurm, whose jobs have both groups",
-            hint="run it inside an allocation of one node with cluster: local",
-        )
+    if (config.cluster, config.inference.num_engines) == ("slurm", 0):
+        _require_single(config.slurm.topology)
     if "wandb" in config.logging.report_to and config.slurm.python is None:
         require_wandb()  # the nodes have this interpreter
     _require_file("dataset.train_data_path", dataset.train_data_path, DataError)
@@ -50,6 +47,16 @@ def check_inputs(config: Config) -> None:
         raise ConfigError(
             f"training.max_seq_length = {training.max_seq_length}",
             allowed=f"up to {spec.max_position_embeddings}, the target's max_position_embeddings",
+        )
+
+
+def _require_single(topology: str) -> None:
+    """A job without engines has one component, with the trainers' nodes."""
+    if topology != "single":
+        raise ConfigError(
+            f"inference.inference_num_gpus = 0 with slurm.topology = {topology}, which is of two "
+            "groups",
+            hint="set slurm.topology=single, and slurm.inference as slurm.training",
         )
 
 

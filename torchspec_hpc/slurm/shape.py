@@ -99,7 +99,8 @@ def components(config: Config) -> list[Component]:
     if config.slurm.topology == "single":
         num_nodes = inference.num_nodes + training.num_nodes
         num_cpus, num_gpus = max(cpus), max(gpus)
-        title = f"The first {inference.num_nodes} of these nodes for inference: {first}."
+        engines = f"The first {inference.num_nodes}" if inference.num_nodes else "None"
+        title = f"{engines} of these nodes for inference: {first}."
     else:
         num_nodes, num_cpus, num_gpus = 1, sum(cpus), sum(gpus)
         title = f"Both groups on one node, each with its own GPUs: {first}."

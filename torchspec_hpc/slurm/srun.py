@@ -76,7 +76,7 @@ class SlurmLauncher:
         self._environ = step_environment(environ)
         self._nodes = nodes = read_nodes(environ, config)
         self.addresses = node_addresses(dict.fromkeys(nodes.inference + nodes.training))
-        here = nodes.inference[0]
+        here = (nodes.inference or nodes.training)[0]
         self.host = self.addresses[here] = config.control.host or own_ip(self.addresses[here])
         here_only = [*self._placement(INFERENCE), f"--nodelist={here}"]
         self.services = ServiceRuntime(
