@@ -13,6 +13,7 @@ from tests.training.tiny import training_config
 from torchspec_hpc.config.checkpoint_meta import Progress
 from torchspec_hpc.data.sample import Sample
 from torchspec_hpc.data.sampler import Sampler
+from torchspec_hpc.training.answers import DatasetAnswers
 from torchspec_hpc.training.batches import MicroBatches, packs_per_step, steps_of_run
 from torchspec_hpc.training.parallel import World
 from torchspec_hpc.transfer.feed import GaveUp, SampleFailed
@@ -85,7 +86,7 @@ def stream():
             MicroBatches(
                 Samples(),
                 Sampler(LENGTHS, config, shuffle=True),
-                states,
+                DatasetAnswers(states),
                 World(rank, size, torch.device(device)),
                 config,
                 start or Progress(),

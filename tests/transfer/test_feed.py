@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -18,7 +19,13 @@ from torchspec_hpc.config.transfer_schema import ControlConfig
 from torchspec_hpc.errors import DeadlineExceeded
 from torchspec_hpc.transfer.control import ControlClient, ControlLost
 from torchspec_hpc.transfer.feed import GaveUp, HiddenStateFeed, SampleFailed
-from torchspec_hpc.transfer.messages import Receipt, Refusal, Request
+from torchspec_hpc.transfer.messages import (
+    Generation,
+    Receipt,
+    Refusal,
+    Request,
+    encode_tokens,
+)
 from torchspec_hpc.transfer.store import HiddenStateStore
 
 DEADLINE_S = 0.8
@@ -326,3 +333,33 @@ def test_a_lost_connection_ends_a_waiting_take(
     with pytest.raises(ControlLost, match="closed"):
         feed.take("s")
     feed.close()
+
+
+def test_what_the_target_answers(
+    feed: HiddenStateFeed, control: ControlClient, engine: HiddenStateStore
+) -> None:
+    """The request carries how to answer; the states are of prompt and answer."""
+    how = Generation(max_tokens=3, temperature=0.5, top_p=0.9, seed=11, stop_token_ids=(2,))
+    feed.submit("a", tokens(4), how)
+    request = control.pop_request(LONG_S)
+    assert request is not None
+    assert request.generation == how
+    whole = msgspec.structs.replace(request, token_ids=encode_tokens(tokens(6)))
+    answer = encode_tokens(tokens(2, first=4))
+    control.push_reply(RANK, msgspec.structs.replace(put(engine, whole), answer=answer))
+    states, answered = feed.take_with_answer("a")
+    assert answered.tolist() == [4, 5]
+    assert states[:, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert not is_stored(engine, request.key)
+
+
+def test_an_answer_without_its_states(
+    feed: HiddenStateFeed, control: ControlClient, engine: HiddenStateStore
+) -> None:
+    feed.submit("a", tokens(4), Generation(3, 0.0, 1.0, 0, ()))
+    request = control.pop_request(LONG_S)
+    assert request is not None
+    answer = encode_tokens(tokens(2, first=4))
+    control.push_reply(RANK, msgspec.structs.replace(put(engine, request), answer=answer))
+    with pytest.raises(SampleFailed, match="6 tokens"):
+        feed.take("a")

@@ -32,6 +32,9 @@ class GenerationConfig(Section):
     temperature: float = Field(1.0, ge=0, description="1: the target's own distribution; 0: greedy")
     top_p: float = Field(1.0, gt=0, le=1, description="Share of probability to sample from; 1: all")
     seed: int = Field(0, ge=0, description="Of the answers; each sample has its own numbers.")
+    stop_token_ids: Ints = Field(
+        (), description="Ends of an answer, besides the target's own end-of-turn tokens."
+    )
 
 
 class HfConfig(Section):
@@ -158,6 +161,12 @@ class InferenceConfig(Section):
             raise ValueError(
                 f"respond = target with engine {self.engine}, which generates nothing; "
                 "allowed: engine vllm"
+            )
+        if self.respond == "target" and self.cache_dir is not None:
+            raise ValueError(
+                f"cache_dir = {self.cache_dir} with respond = target, whose answers are not kept; "
+                "allowed: cache_dir = null, or answers made beforehand by torchspec-hpc data "
+                "regenerate"
             )
         return self
 

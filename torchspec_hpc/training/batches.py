@@ -12,8 +12,9 @@ from torchspec_hpc.config.schema import TrainingConfig
 from torchspec_hpc.data.sample import Sample
 from torchspec_hpc.data.sampler import Sampler, positions_of
 from torchspec_hpc.drafts.batch import PackedBatch
+from torchspec_hpc.training.answers import Answers
 from torchspec_hpc.training.parallel import World
-from torchspec_hpc.training.prefetch import Documents, HiddenStates, Prefetcher
+from torchspec_hpc.training.prefetch import Documents, Prefetcher
 
 
 class Samples(Protocol):
@@ -49,7 +50,7 @@ class MicroBatches:
     Args:
         dataset: Token ids and loss masks.
         sampler: The stream of packs.
-        states: Where hidden states are asked for.
+        answers: Where samples are asked for.
         world: The training group.
         config: Micro-batches of a step, and how far ahead to ask.
         start: Where to go on.
@@ -62,7 +63,7 @@ class MicroBatches:
         self,
         dataset: Samples,
         sampler: Sampler,
-        states: HiddenStates,
+        answers: Answers,
         world: World,
         config: TrainingConfig,
         start: Progress,
@@ -72,7 +73,9 @@ class MicroBatches:
         self._dataset, self._sampler = dataset, sampler
         self._per_step = config.draft_accumulation_steps
         stream = map(self._read, _positions(world, config, start, num_steps))
-        self._ahead = Prefetcher(stream, states, world.device, config.prefetch_depth, window_tokens)
+        self._ahead = Prefetcher(
+            stream, answers, world.device, config.prefetch_depth, window_tokens
+        )
 
     def next_step(self, give_up: Callable[[], bool] | None = None) -> StepData:
         """The micro-batches of the next optimizer step.

@@ -16,8 +16,8 @@ from torchspec_hpc.data.dataset import TokenDataset
 from torchspec_hpc.data.sample import Sample
 from torchspec_hpc.data.sampler import Sampler
 from torchspec_hpc.drafts.batch import PackedBatch, pack
+from torchspec_hpc.training.answers import HiddenStates
 from torchspec_hpc.training.parallel import World, sum_over_ranks
-from torchspec_hpc.training.prefetch import HiddenStates
 from torchspec_hpc.transfer.feed import GaveUp
 
 logger = logging.getLogger(__name__)

@@ -12,15 +12,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from queue import Empty, SimpleQueue
-from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from torchspec_hpc.data.sample import Sample
 from torchspec_hpc.drafts.batch import PackedBatch, pack
+from torchspec_hpc.training.answers import Answers
 from torchspec_hpc.transfer.feed import GaveUp
 
 #: Ticket and sample of each document of a micro-batch.
@@ -32,22 +29,12 @@ _CLOSE_S = 60.0  # the longest call under way, to a control store that does not 
 logger = logging.getLogger(__name__)
 
 
-class HiddenStates(Protocol):
-    """Where hidden states come from: :class:`torchspec_hpc.transfer.feed.HiddenStateFeed`."""
-
-    def submit(self, ticket: str, token_ids: NDArray[np.int32]) -> None:
-        """Asks for the hidden states of token ids [T]."""
-
-    def take(self, ticket: str, give_up: Callable[[], bool] | None = None) -> Tensor:
-        """Waits for hidden states [T, A+1, H], or until `give_up` says to raise ``GaveUp``."""
-
-
 class Prefetcher:
     """Hands out micro-batches in the order of their stream.
 
     Args:
         stream: Read in the background, from the first :meth:`next` on.
-        states: Where hidden states are asked for; called from two threads.
+        answers: Where samples are asked for; called from two threads.
         device: Where they are going: pinned memory overlaps the copy to a GPU.
         depth: Micro-batches asked for and not yet picked up.
         window_tokens: Tokens of those, unless a single one has more.
@@ -56,12 +43,12 @@ class Prefetcher:
     def __init__(
         self,
         stream: Iterator[Documents],
-        states: HiddenStates,
+        answers: Answers,
         device: torch.device,
         depth: int,
         window_tokens: int,
     ) -> None:
-        self._stream, self._states, self._device = stream, states, device
+        self._stream, self._answers, self._device = stream, answers, device
         self._depth, self._window_tokens = depth, window_tokens
         self._open: deque[int] = deque()  # tokens of what is asked for and not picked up
         self._changed = threading.Condition()  # guards it
@@ -118,9 +105,9 @@ class Prefetcher:
     def _ask_ahead(self) -> None:
         try:
             for documents in self._stream:
-                self._wait_for_room(sum(len(sample.input_ids) for _, sample in documents))
+                self._wait_for_room(sum(self._answers.most_tokens(s) for _, s in documents))
                 for ticket, sample in documents:
-                    self._states.submit(ticket, sample.input_ids)
+                    self._answers.submit(ticket, sample)
                 self._asked.put(documents)
             self._asked.put(IndexError("the stream of micro-batches is at its end"))
         except Exception as error:  # noqa: BLE001 - raised again by `next`
@@ -152,14 +139,10 @@ class Prefetcher:
             self._ready.put(error)
 
     def _pack(self, documents: Documents) -> PackedBatch:
-        states = [self._states.take(ticket, self._closing.is_set) for ticket, _ in documents]
+        closing = self._closing.is_set
+        taken = [self._answers.take(ticket, sample, closing) for ticket, sample in documents]
         # copies: the feed uses the memory of what it handed out again
-        batch = pack(
-            [
-                (sample.input_ids, sample.loss_mask, state)
-                for (_, sample), state in zip(documents, states, strict=True)
-            ]
-        )
+        batch = pack([(sample.input_ids, sample.loss_mask, states) for sample, states in taken])
         return _pinned(batch) if self._device.type == "cuda" else batch
 
 

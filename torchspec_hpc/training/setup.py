@@ -21,6 +21,12 @@ from torchspec_hpc.data.packing import longest_pack
 from torchspec_hpc.data.sampler import Sampler
 from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.target.spec import TargetSpec
+from torchspec_hpc.training.answers import (
+    DatasetAnswers,
+    TargetAnswers,
+    answers_of,
+    most_tokens,
+)
 from torchspec_hpc.training.batches import MicroBatches, packs_per_step, steps_of_run
 from torchspec_hpc.training.cache_plan import plan_cache, samples_between, sizes_of
 from torchspec_hpc.training.cached_states import CachedStates
@@ -81,21 +87,24 @@ def build_trainer(
     checkpointer = Checkpointer(run, world, draft, optimizer, meta, settings)
     seed_rank(settings.seed, 0, world.rank)
     progress = _load(config, run, checkpointer, source)
-    sampler = Sampler(dataset.lengths, settings, config.dataset.shuffle_dataset)
+    lengths = most_tokens(dataset.lengths, config)
+    sampler = Sampler(lengths, settings, config.dataset.shuffle_dataset)
     num_steps = steps_of_run(settings, sampler, packs_per_step(world, settings), progress)
     control, feed = _connect(config, run, endpoints, world, stack)
     cache = partial(StateCache, config, spec, aux_layers, world.device.type)
+    answers: DatasetAnswers | TargetAnswers
     states: CachedStates | HiddenStateFeed
     if config.inference.cache_dir is None:
         assert feed is not None  # the configuration has engines, or a cache
-        states = feed
+        states, answers = feed, answers_of(feed, config)
     else:
         end = progress.cursor + packs_per_step(world, settings) * (num_steps - progress.step)
         used = partial(samples_between, sampler, progress.cursor, end, len(dataset))
         max_bytes = config.inference.cache_max_bytes
         states = _cached("training samples", dataset, used, cache(), feed, max_bytes, world, stack)
+        answers = DatasetAnswers(states)
     batches = MicroBatches(
-        dataset, sampler, states, world, settings, progress, num_steps, window_tokens
+        dataset, sampler, answers, world, settings, progress, num_steps, window_tokens
     )
     stack.callback(batches.close)
     return Trainer(

@@ -26,10 +26,12 @@ from torchspec_hpc.transfer.control import ControlClient
 from torchspec_hpc.transfer.holders import Holders
 from torchspec_hpc.transfer.messages import (
     TOKEN_BYTES,
+    Generation,
     MessageError,
     Receipt,
     Refusal,
     Request,
+    decode_tokens,
     encode_tokens,
 )
 from torchspec_hpc.transfer.reader import Reader, WrongStates
@@ -112,16 +114,22 @@ class HiddenStateFeed:
         self._thread = threading.Thread(target=self._run, name="feed", daemon=True)
         self._thread.start()
 
-    def submit(self, ticket: str, token_ids: npt.NDArray[np.integer]) -> None:
+    def submit(
+        self,
+        ticket: str,
+        token_ids: npt.NDArray[np.integer],
+        generation: Generation | None = None,
+    ) -> None:
         """Asks for the hidden states of a sample.
 
         Args:
             ticket: Names the sample; unique among those not yet taken.
             token_ids: [T], not empty.
+            generation: How the target answers first; the states are those of its answer, too.
         """
         if token_ids.ndim != 1 or token_ids.size == 0:
             raise ValueError(f"token_ids of {ticket!r} have shape {token_ids.shape}; allowed: [T]")
-        entry = Ticket(ticket, encode_tokens(token_ids))
+        entry = Ticket(ticket, encode_tokens(token_ids), generation)
         with self._changed:
             if self._crash is not None:
                 raise self._crash
@@ -131,16 +139,23 @@ class HiddenStateFeed:
             self._send(entry)
 
     def take(self, ticket: str, give_up: Callable[[], bool] | None = None) -> torch.Tensor:
-        """Waits for the hidden states of a submitted sample.
+        """The hidden states of a submitted sample; see :meth:`take_with_answer`."""
+        return self.take_with_answer(ticket, give_up)[0]
+
+    def take_with_answer(
+        self, ticket: str, give_up: Callable[[], bool] | None = None
+    ) -> tuple[torch.Tensor, npt.NDArray[np.int32]]:
+        """Waits for the hidden states of a submitted sample, and what the target answered.
 
         Args:
             ticket: As submitted.
             give_up: Asked now and then while there is nothing to take; True ends the wait.
 
         Returns:
-            Tensor [T, A + 1, H] in the engine's type.  It is the caller's as long
-            as a reference to it, or to a view of it, exists; then its memory is
-            used again.  Do not start an asynchronous copy and drop the tensor.
+            Tensor [T, A + 1, H] in the engine's type, and the last of its T tokens, those
+            that were generated.  The tensor is the caller's as long as a reference to it, or
+            to a view of it, exists; then its memory is used again.  Do not start an
+            asynchronous copy and drop the tensor.
 
         Raises:
             GaveUp: `give_up` said so. The ticket stays open.
@@ -169,7 +184,7 @@ class HiddenStateFeed:
                 raise entry.error
             assert entry.states is not None
             self._stats.num_samples += 1
-            return entry.states
+            return entry.states, decode_tokens(entry.answer)
 
     def _unlocked(self, question: Callable[[], bool]) -> bool:
         """Asks without the lock: a slow file system must not hold up the background thread."""
@@ -228,7 +243,8 @@ class HiddenStateFeed:
 
     def _fetch(self, entry: Ticket, receipt: Receipt) -> None:
         try:
-            states = self._reader.read(receipt, len(entry.token_ids) // TOKEN_BYTES)
+            num_bytes = len(entry.token_ids) + len(receipt.answer)
+            states = self._reader.read(receipt, num_bytes // TOKEN_BYTES)
         except WrongStates as error:
             self._store.remove(receipt.key)
             self._settle(entry, error=SampleFailed(f"sample {entry.name!r}: {error}"))
@@ -239,6 +255,7 @@ class HiddenStateFeed:
         else:
             self._stats.num_bytes += states.nbytes
             self._remove_all_of(entry)
+            entry.answer = receipt.answer
             self._settle(entry, states=states)
 
     def _remove_all_of(self, entry: Ticket) -> None:
@@ -295,7 +312,13 @@ class HiddenStateFeed:
         # a serial number, since a ticket's name may be used again
         key = f"{self._key_prefix}/{entry.name}/{next(self._serial)}"
         request = Request(
-            entry.name, len(entry.keys), self._rank, self._segment, key, entry.token_ids
+            ticket=entry.name,
+            attempt_no=len(entry.keys),
+            reply_to=self._rank,
+            segment=self._segment,
+            key=key,
+            token_ids=entry.token_ids,
+            generation=entry.generation,
         )
         entry.keys.append(key)
         entry.due = time.monotonic() + self._deadline_s

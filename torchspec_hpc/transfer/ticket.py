@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from torchspec_hpc.errors import DeadlineExceeded
+from torchspec_hpc.transfer.messages import Generation
 
 _RETRY_PAUSE_S = 0.1  # after the first failure, four times as long after each further one
 
@@ -20,6 +21,7 @@ class Ticket:
     Attributes:
         name: As the trainer calls it.
         token_ids: int32, little endian.
+        generation: How the target answers first; None: it does not.
         submitted: Clock of the first request.
         due: Clock at which to look after it.
         place: Requests ever pushed when the last one was, itself included; 0 once
@@ -27,17 +29,20 @@ class Ticket:
         keys: Of every request sent; the last one is current.
         status: For the user, should it never arrive.
         states: [T, A + 1, H], once here.
+        answer: What the target generated, the last of the T tokens; int32, little endian.
         error: What taking it raises instead.
     """
 
     name: str
     token_ids: bytes
+    generation: Generation | None = None
     submitted: float = field(default_factory=time.monotonic)
     due: float = 0.0
     place: int = 0
     keys: list[str] = field(default_factory=list)
     status: str = "not sent yet"
     states: torch.Tensor | None = None
+    answer: bytes = b""
     error: Exception | None = None
 
     @property
