@@ -104,6 +104,7 @@ def make_run(
         data: Path = tiny_conversations,
         evaluate: bool = False,
         shuffle: bool = True,
+        inference: dict[str, object] | None = None,
         **training: object,
     ) -> Run:
         run = RunDir(tmp_path / name)
@@ -131,7 +132,11 @@ def make_run(
                 "save_interval": 0,
                 **training,
             },
-            "inference": {"engine": "hf", "aux_hidden_states_layers": [1, 2, 3]},
+            "inference": {
+                "engine": "hf",
+                "aux_hidden_states_layers": [1, 2, 3],
+                **(inference or {}),
+            },
             "mooncake": MOONCAKE,
             "control": {"request_deadline_s": 20, "service_ready_s": 20},
         }

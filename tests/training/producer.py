@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from tests.services import SECRET
@@ -14,7 +15,7 @@ from torchspec_hpc.config.endpoints import Endpoints
 from torchspec_hpc.config.transfer_schema import MooncakeConfig
 from torchspec_hpc.errors import TorchspecError
 from torchspec_hpc.transfer.control import ControlClient
-from torchspec_hpc.transfer.messages import Receipt, Refusal, Request
+from torchspec_hpc.transfer.messages import Receipt, Refusal, Request, encode_tokens
 from torchspec_hpc.transfer.store import HiddenStateStore
 
 
@@ -23,6 +24,16 @@ def hidden_states(token_ids: torch.Tensor, width: int, hidden: int) -> torch.Ten
     before = torch.cat([token_ids[:1], token_ids[:-1]])
     seeds = (token_ids + 0.37 * before + 1.0)[:, None]
     return torch.sin(seeds * torch.linspace(0.1, 2.0, width * hidden)).view(-1, width, hidden)
+
+
+def answer_to(request: Request) -> np.ndarray:
+    """Some of the tiny target's tokens; a function of the seed, and sometimes very short."""
+    how = request.generation
+    if how is None:
+        return np.zeros(0, np.int32)
+    generator = np.random.default_rng(how.seed)
+    num_tokens = generator.integers(1, how.max_tokens, endpoint=True)
+    return generator.integers(3, 40, num_tokens, dtype=np.int32)
 
 
 @dataclass
@@ -44,12 +55,21 @@ class Producer:
                 refusal = Refusal(request.ticket, request.key, reason, permanent=True)
                 control.push_reply(request.reply_to, refusal)
                 continue
-            states = hidden_states(torch.tensor(request.tokens.astype("int64")), 4, 64)
+            answer = answer_to(request)
+            token_ids = np.concatenate([request.tokens, answer]).astype(np.int64)
+            states = hidden_states(torch.from_numpy(token_ids), 4, 64)
             try:
                 store.put(request.key, states.contiguous(), request.segment)
             except TorchspecError:  # the trainer that asked is gone
                 continue
-            receipt = Receipt(request.ticket, request.key, tuple(states.shape), "float32", 0)
+            receipt = Receipt(
+                request.ticket,
+                request.key,
+                tuple(states.shape),
+                "float32",
+                0,
+                answer=encode_tokens(answer),
+            )
             control.push_reply(request.reply_to, receipt)
 
 

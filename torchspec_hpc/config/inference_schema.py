@@ -162,12 +162,6 @@ class InferenceConfig(Section):
                 f"respond = target with engine {self.engine}, which generates nothing; "
                 "allowed: engine vllm"
             )
-        if self.respond == "target" and self.cache_dir is not None:
-            raise ValueError(
-                f"cache_dir = {self.cache_dir} with respond = target, whose answers are not kept; "
-                "allowed: cache_dir = null, or answers made beforehand by torchspec-hpc data "
-                "regenerate"
-            )
         return self
 
     @model_validator(mode="after")

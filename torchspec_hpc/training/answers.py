@@ -133,12 +133,12 @@ def answers_of(feed: HiddenStateFeed, config: Config) -> DatasetAnswers | Target
     return TargetAnswers(feed, config.inference.generation, config.training.max_seq_length)
 
 
-def most_tokens(lengths: npt.NDArray[np.int64], config: Config) -> npt.NDArray[np.int64]:
+def most_tokens(lengths: TokenIds, config: Config) -> TokenIds:
     """Tokens that samples may have once they are answered; packs are filled accordingly."""
     if config.inference.respond == "dataset":
         return lengths
     longest = lengths + config.inference.generation.max_tokens
-    return np.minimum(longest, config.training.max_seq_length).astype(lengths.dtype)
+    return np.minimum(longest, config.training.max_seq_length).astype(np.int32)
 
 
 def prompt_length(sample: Sample) -> int:

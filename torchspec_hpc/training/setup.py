@@ -8,7 +8,9 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 import torchspec_hpc
 from torchspec_hpc.config import Config, RunDir
@@ -75,8 +77,11 @@ def build_trainer(
     aux_layers = spec.aux_layers(config.inference.aux_hidden_states_layers)
     dataset = _open_dataset(config, world, config.dataset.train_data_path)
     held_out = _open_held_out(config, world)
+    lengths = most_tokens(dataset.lengths, config)
     window_tokens = _window_tokens(
-        config, token_bytes(config, spec, aux_layers, world.device.type), [dataset, *held_out]
+        config,
+        token_bytes(config, spec, aux_layers, world.device.type),
+        [lengths, *(held.lengths for held in held_out)],
     )
     source = ask_main(world, partial(_source, config, run))
     initial = load_initial_draft(config.model, spec, aux_layers)
@@ -87,7 +92,6 @@ def build_trainer(
     checkpointer = Checkpointer(run, world, draft, optimizer, meta, settings)
     seed_rank(settings.seed, 0, world.rank)
     progress = _load(config, run, checkpointer, source)
-    lengths = most_tokens(dataset.lengths, config)
     sampler = Sampler(lengths, settings, config.dataset.shuffle_dataset)
     num_steps = steps_of_run(settings, sampler, packs_per_step(world, settings), progress)
     control, feed = _connect(config, run, endpoints, world, stack)
@@ -181,16 +185,16 @@ def _open_dataset(config: Config, world: World, path: str) -> TokenDataset:
     return TokenDataset(ask_main(world, prepare))
 
 
-def _window_tokens(config: Config, token_bytes: int, datasets: list[TokenDataset]) -> int:
+def _window_tokens(config: Config, token_bytes: int, lengths: list[NDArray[np.int32]]) -> int:
     """Tokens of each dataset whose hidden states fit into this rank's segment of the store.
 
     Raises:
         ConfigError: The longest micro-batch does not fit, or no micro-batch holds a sample.
     """
     segment_bytes = int(config.mooncake.global_segment_size)
-    share = _SEGMENT_SHARE / len(datasets)
+    share = _SEGMENT_SHARE / len(lengths)
     window_tokens = int(share * segment_bytes) // token_bytes
-    longest = max(longest_pack(dataset.lengths, config.training) for dataset in datasets)
+    longest = max(longest_pack(each, config.training) for each in lengths)
     if longest > window_tokens:
         raise ConfigError(
             f"mooncake.global_segment_size = {segment_bytes} bytes cannot hold a micro-batch of "
