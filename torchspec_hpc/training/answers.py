@@ -126,11 +126,12 @@ class TargetAnswers:
         return replace(sample, input_ids=np.concatenate([prompt, answer]), loss_mask=mask), states
 
 
-def answers_of(feed: HiddenStateFeed, config: Config) -> DatasetAnswers | TargetAnswers:
+def answers_of(states: HiddenStates, config: Config) -> DatasetAnswers | TargetAnswers:
     """What ``inference.respond`` asks for."""
     if config.inference.respond == "dataset":
-        return DatasetAnswers(feed)
-    return TargetAnswers(feed, config.inference.generation, config.training.max_seq_length)
+        return DatasetAnswers(states)
+    assert isinstance(states, HiddenStateFeed)  # answers are not kept: no cache
+    return TargetAnswers(states, config.inference.generation, config.training.max_seq_length)
 
 
 def most_tokens(lengths: TokenIds, config: Config) -> TokenIds:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -23,24 +22,18 @@ from torchspec_hpc.data.packing import longest_pack
 from torchspec_hpc.data.sampler import Sampler
 from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.target.spec import TargetSpec
-from torchspec_hpc.training.answers import (
-    DatasetAnswers,
-    TargetAnswers,
-    answers_of,
-    most_tokens,
-)
+from torchspec_hpc.training.answers import answers_of, most_tokens
 from torchspec_hpc.training.batches import MicroBatches, packs_per_step, steps_of_run
-from torchspec_hpc.training.cache_plan import plan_cache, samples_between, sizes_of
-from torchspec_hpc.training.cached_states import CachedStates
 from torchspec_hpc.training.checkpoint import Checkpointer
 from torchspec_hpc.training.draft import build_draft
-from torchspec_hpc.training.evaluation import EvaluationSet, num_held_out
+from torchspec_hpc.training.evaluation import EvaluationSet
 from torchspec_hpc.training.initial_draft import load_initial_draft
 from torchspec_hpc.training.main_rank import ask_main
 from torchspec_hpc.training.meter import EngineMonitor
 from torchspec_hpc.training.optim import build_optimizer
 from torchspec_hpc.training.parallel import World, seed_rank
-from torchspec_hpc.training.state_cache import StateCache, token_bytes
+from torchspec_hpc.training.sources import StateSources
+from torchspec_hpc.training.state_cache import token_bytes
 from torchspec_hpc.training.step import Eagle3Step
 from torchspec_hpc.training.trainer import Trainer
 from torchspec_hpc.training.vocabulary import load_kept_ids
@@ -95,18 +88,10 @@ def build_trainer(
     sampler = Sampler(lengths, settings, config.dataset.shuffle_dataset)
     num_steps = steps_of_run(settings, sampler, packs_per_step(world, settings), progress)
     control, feed = _connect(config, run, endpoints, world, stack)
-    cache = partial(StateCache, config, spec, aux_layers, world.device.type)
-    answers: DatasetAnswers | TargetAnswers
-    states: CachedStates | HiddenStateFeed
-    if config.inference.cache_dir is None:
-        assert feed is not None  # the configuration has engines, or a cache
-        states, answers = feed, answers_of(feed, config)
-    else:
-        end = progress.cursor + packs_per_step(world, settings) * (num_steps - progress.step)
-        used = partial(samples_between, sampler, progress.cursor, end, len(dataset))
-        max_bytes = config.inference.cache_max_bytes
-        states = _cached("training samples", dataset, used, cache(), feed, max_bytes, world, stack)
-        answers = DatasetAnswers(states)
+    sources = StateSources(config, spec, aux_layers, feed, world, stack)
+    end = progress.cursor + packs_per_step(world, settings) * (num_steps - progress.step)
+    states = sources.training(dataset, sampler, progress.cursor, end)
+    answers = answers_of(states, config)
     batches = MicroBatches(
         dataset, sampler, answers, world, settings, progress, num_steps, window_tokens
     )
@@ -126,16 +111,7 @@ def build_trainer(
         sampler=sampler,
         evaluation=EvaluationSet(
             held_out[0],
-            _cached(
-                "held-out samples",
-                held_out[0],
-                partial(range, num_held_out(held_out[0], config.dataset.eval_max_tokens)),
-                cache(),
-                feed,
-                None,
-                world,
-                stack,
-            ),
+            sources.evaluation(held_out[0]),
             world,
             settings,
             config.dataset.eval_max_tokens,
@@ -144,27 +120,6 @@ def build_trainer(
         if held_out
         else None,
     )
-
-
-def _cached(
-    what: str,
-    dataset: TokenDataset,
-    used: Callable[[], Iterable[int]],
-    cache: StateCache,
-    feed: HiddenStateFeed | None,
-    max_bytes: int | None,
-    world: World,
-    stack: ExitStack,
-) -> CachedStates:
-    """Plans, on the main rank, what is kept of the samples that are used."""
-
-    def plan() -> str:
-        num_bytes = sizes_of(cache, dataset, used())
-        return plan_cache(cache, what, num_bytes, max_bytes=max_bytes, has_engines=feed is not None)
-
-    states = CachedStates(cache, feed, ask_main(world, plan))
-    stack.callback(states.close)
-    return states
 
 
 def _open_held_out(config: Config, world: World) -> list[TokenDataset]:
