@@ -27,7 +27,8 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
     Args:
         path: YAML file. Relative paths in it start at its directory.
         overrides: ``section.key=value`` strings; values are YAML, relative paths
-            in them start at the working directory.
+            in them start at the working directory.  ``site=NAME`` takes what neither states
+            from ``sites/NAME.yaml`` beside the file.
 
     Raises:
         ConfigError: The file is missing or not YAML, a key is unknown, a value
@@ -41,9 +42,34 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
         raise ConfigError(f"{file} holds a {type(raw).__name__}", allowed="a mapping of sections")
     for override in overrides:
         _apply_override(raw, override)
+    _apply_site(raw, file.resolve().parent)
     if raw.get("run_name") is None:
         raw["run_name"] = f"{file.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     return parse_config(raw, base_dir=file.resolve().parent, source=str(file))
+
+
+def _apply_site(raw: dict[str, Any], base_dir: Path) -> None:
+    """Lays the configuration over that of its ``site``: a file, or a name of one in ``sites``."""
+    site = raw.pop("site", None)
+    if site is None:
+        return
+    if not isinstance(site, str):
+        raise ConfigError(f"site = {site!r}", allowed="a YAML file, or the name of one in sites/")
+    base = Path.cwd() if isinstance(site, FromCommandLine) else base_dir
+    file = base / site if site.endswith(".yaml") else base_dir / "sites" / f"{site}.yaml"
+    if not file.is_file():
+        known = ", ".join(sorted(path.stem for path in (base_dir / "sites").glob("*.yaml")))
+        raise ConfigError(f"site = {site}: there is no {file}", allowed=known or "a YAML file")
+    profile = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+    _fill_in(raw, profile if isinstance(profile, dict) else {})
+
+
+def _fill_in(raw: dict[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Adds what is not there; a section is filled in, a list or a value counts as a whole."""
+    for key, value in defaults.items():
+        mine = raw.setdefault(key, value)
+        if isinstance(mine, dict) and isinstance(value, dict) and mine is not value:
+            _fill_in(mine, value)
 
 
 def parse_config(raw: Mapping[str, Any], *, base_dir: Path, source: str) -> Config:
