@@ -10,12 +10,14 @@ import pytest
 from torchspec_hpc.config.endpoints import (
     Endpoints,
     create_secret,
+    join_endpoint,
     node_name,
     read_secret,
     split_endpoint,
 )
+from torchspec_hpc.config.interfaces import interface_address
 from torchspec_hpc.config.rundir import RunDir
-from torchspec_hpc.errors import DeadlineExceeded, TorchspecError
+from torchspec_hpc.errors import DeadlineExceeded, TorchspecError, UserError
 
 ENDPOINTS = Endpoints("demo-0a1b2c3d", 2, "10.0.0.1:7000", "10.0.0.1:7001", {"n1": "10.0.0.1"})
 
@@ -76,3 +78,16 @@ def test_split_endpoint(endpoint: str, pair: tuple[str, int]) -> None:
 def test_split_endpoint_refuses(endpoint: str) -> None:
     with pytest.raises(ValueError, match="host:port"):
         split_endpoint(endpoint)
+
+
+def test_an_interface_has_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert interface_address("lo") == "127.0.0.1"
+    monkeypatch.setenv("TORCHSPEC_INTERFACE", "lo")
+    assert Endpoints("r", 0, "h:1", "h:2", {}).own_address() == "127.0.0.1"
+    with pytest.raises(UserError, match=r"network_interface = ib7: .*\n  allowed: lo, "):
+        interface_address("ib7")
+
+
+def test_ipv6_endpoints() -> None:
+    assert split_endpoint(join_endpoint("fd00::2", 80)) == ("fd00::2", 80)
+    assert join_endpoint("n1", 80) == "n1:80"

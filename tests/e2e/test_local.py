@@ -38,6 +38,16 @@ def test_run_trains_exports_and_leaves_nothing_behind(
     assert config["eagle_aux_hidden_state_layer_ids"] == [1, 2, 3]
 
 
+def test_a_run_on_ipv6_addresses(config_file: ConfigWriter, tmp_path: Path) -> None:
+    """Services, torchrun's rendezvous and the store's segments, all on one."""
+    config = config_file(cluster="local", control={"host": "::1"}, training={"num_train_steps": 3})
+    done = torchspec_hpc("run", config)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "tiny"
+    assert list(losses(run)) == [1, 2, 3]
+    assert "::1" in json.loads((run / "control" / "endpoints.json").read_text())["control"]
+
+
 def test_a_finished_run_is_not_overwritten(config_file: ConfigWriter, tmp_path: Path) -> None:
     (tmp_path / "runs" / "tiny").mkdir(parents=True)
     (tmp_path / "runs" / "tiny" / "config.yaml").write_text("x: 1\n")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import free_port
+from torchspec_hpc.config.endpoints import split_endpoint
 from torchspec_hpc.config.transfer_schema import ControlConfig, MooncakeConfig
 from torchspec_hpc.errors import DeadlineExceeded, TorchspecError, UserError
 from torchspec_hpc.slurm.ports import require_bindable
@@ -42,16 +43,18 @@ class Broken(MooncakeMaster):
         return command if self._num_starts > 1 else [sys.executable, "-c", "raise SystemExit('no')"]
 
 
-def test_the_master_answers_on_a_port_of_its_own_choice(tmp_path: Path) -> None:
-    master = MooncakeMaster(HOST, MooncakeConfig(), tmp_path)
+@pytest.mark.parametrize("address", [HOST, "::1"])
+def test_the_master_answers_on_a_port_of_its_own_choice(tmp_path: Path, address: str) -> None:
+    master = MooncakeMaster(address, MooncakeConfig(), tmp_path)
     master.start()
-    host, port = master.wait_ready(20, nothing).split(":")
-    socket.create_connection((host, int(port)), timeout=1).close()
+    host, port = split_endpoint(master.wait_ready(20, nothing))
+    assert host == address
+    socket.create_connection((host, port), timeout=1).close()
     assert master.poll() is None
     master.stop()
     assert master.poll() is not None
     with pytest.raises(OSError, match="refused"):
-        socket.create_connection((host, int(port)), timeout=1)
+        socket.create_connection((host, port), timeout=1)
 
 
 def test_services_take_the_configured_ports(tmp_path: Path) -> None:

@@ -9,9 +9,12 @@ import socket
 import time
 from dataclasses import asdict, dataclass, replace
 
+from torchspec_hpc.config.interfaces import interface_address
 from torchspec_hpc.config.rundir import RunDir, write_atomic
 from torchspec_hpc.errors import DeadlineExceeded, TorchspecError
 
+#: Names the interface of a worker whose address the others use; unset: what Slurm says.
+INTERFACE_VARIABLE = "TORCHSPEC_INTERFACE"
 _POLL_S = 0.1
 
 
@@ -70,8 +73,10 @@ class Endpoints:
         """The address by which the other nodes of the run reach this one.
 
         Raises:
-            TorchspecError: This node is not one of the run's.
+            TorchspecError: This node is not one of the run's, or lacks the interface.
         """
+        if interface := os.environ.get(INTERFACE_VARIABLE):
+            return interface_address(interface)
         name = node_name()
         try:
             return self.addresses[name]

@@ -118,7 +118,9 @@ class SlurmConfig(Section):
     )
     max_requeues: int = Field(99, ge=0, description="Of the whole run, after crashes too.")
     network_interface: str | None = Field(
-        None, description="For GLOO_ and NCCL_SOCKET_IFNAME; null: the libraries choose."
+        None,
+        description="By which nodes reach each other: services, Mooncake, gloo, NCCL; null:"
+        " Slurm's address of the node, and what gloo and NCCL choose.",
     )
     setup: Strs = Field((), description="Shell lines before anything else: module load ...")
     environment: Annotated[dict[str, str], BeforeValidator(_text)] = Field(

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
+from torchspec_hpc.config.interfaces import interface_address
 from torchspec_hpc.config.rundir import RunDir
 from torchspec_hpc.config.schema import Config
 from torchspec_hpc.errors import TorchspecError
@@ -77,7 +78,7 @@ class SlurmLauncher:
         self._nodes = nodes = read_nodes(environ, config)
         self.addresses = node_addresses(dict.fromkeys(nodes.inference + nodes.training))
         here = (nodes.inference or nodes.training)[0]
-        self.host = self.addresses[here] = config.control.host or own_ip(self.addresses[here])
+        self.host = self.addresses[here] = _own_address(config, self.addresses[here])
         here_only = [*self._placement(INFERENCE), f"--nodelist={here}"]
         self.services = ServiceRuntime(
             python=self._python,
@@ -187,6 +188,14 @@ def step_resources(group: Group) -> list[str]:
         f"--cpus-per-task={options.cpus_per_task}",
         *gpus.get(options.gpus, []),
     ]
+
+
+def _own_address(config: Config, name: str) -> str:
+    """Where the services listen: what the configuration says, or else Slurm's word."""
+    if config.control.host is not None:
+        return config.control.host
+    interface = config.slurm.network_interface
+    return interface_address(interface) if interface else own_ip(name)
 
 
 def own_ip(address: str) -> str:

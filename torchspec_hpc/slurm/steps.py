@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from torchspec_hpc.config.endpoints import INTERFACE_VARIABLE
 from torchspec_hpc.config.rundir import RunDir
 from torchspec_hpc.config.schema import Config, TrainingConfig
 from torchspec_hpc.config.transfer_schema import ControlConfig
@@ -195,7 +196,8 @@ def worker_environment(
     if config.cluster == "slurm":
         defaults["HF_HUB_OFFLINE"] = "1"  # compute nodes download nothing
     if interface := config.slurm.network_interface:
-        defaults |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+        names = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", INTERFACE_VARIABLE
+        defaults |= dict.fromkeys(names, interface)
     if num_threads is not None:
         defaults["OMP_NUM_THREADS"] = str(num_threads)
     return {**defaults, **base}
