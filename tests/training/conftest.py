@@ -105,6 +105,7 @@ def make_run(
         evaluate: bool = False,
         shuffle: bool = True,
         inference: dict[str, object] | None = None,
+        control: dict[str, float] | None = None,
         **training: object,
     ) -> Run:
         run = RunDir(tmp_path / name)
@@ -138,7 +139,7 @@ def make_run(
                 **(inference or {}),
             },
             "mooncake": MOONCAKE,
-            "control": {"request_deadline_s": 20, "service_ready_s": 20},
+            "control": {"request_deadline_s": 20, "service_ready_s": 20, **(control or {})},
         }
         save_config(parse_config(raw, base_dir=tmp_path, source="test"), run.config)
         return Run(run, endpoints)

@@ -189,6 +189,20 @@ def test_one_message_for_an_error_of_one_rank(make_run: MakeRun, engine: Produce
     assert not run.dir.checkpoints.exists()
 
 
+def test_engines_that_hang_cost_no_step(make_run: MakeRun, engine: Producer):
+    """The rank that waits in vain has every rank save before it fails."""
+    patience = {"request_deadline_s": 1, "engine_ready_s": 1, "engines_lost_s": 1}
+    run = make_run("starved", control=patience)
+    answer = threading.Event()
+    engine.on_request = lambda request: request.ticket == "train-7.0" and not answer.wait(60)
+    assert run.train(num_ranks=2) == 1
+    answer.set()
+    assert (run.dir.checkpoints / "latest").read_text() == f"step_{len(run.records())}\n"
+    assert run.errors()
+    for error in run.errors().values():  # of one rank or both
+        assert "the hidden states of sample 'train-" in json.loads(error)["error"]
+
+
 def test_bad_data_is_a_user_error(make_run: MakeRun, tmp_path):
     run = make_run("no-data", data=tmp_path / "missing.jsonl")
     assert run.train(num_ranks=2) == 2

@@ -33,7 +33,6 @@ MAX_TRIES = 3
 RANK = 5
 QUEUED_S = 3.0
 LONG_S = 20.0
-HEARTBEAT_S = 0.1
 
 
 @pytest.fixture
@@ -51,9 +50,8 @@ def feed(
     deadlines = ControlConfig(
         request_deadline_s=DEADLINE_S,
         request_max_tries=MAX_TRIES,
-        engine_ready_s=QUEUED_S / 2,
-        engines_lost_s=QUEUED_S / 2,
-        heartbeat_s=HEARTBEAT_S,
+        engine_ready_s=QUEUED_S - DEADLINE_S,
+        engines_lost_s=QUEUED_S - DEADLINE_S,
     )
     feed = HiddenStateFeed(connect(), trainer, RANK, deadlines, f"run.{time.monotonic_ns()}")
     yield feed

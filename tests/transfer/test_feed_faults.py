@@ -146,6 +146,19 @@ def test_what_a_silent_engine_had_taken_is_asked_again_soon(
     wait_until(lambda: not is_stored(engine, slow.key))
 
 
+def test_what_an_engine_took_without_a_word_is_asked_again_soon(
+    feed: HiddenStateFeed, control: ControlClient, engine: HiddenStateStore
+) -> None:
+    feed.submit("s", tokens(3))
+    feed.submit("t", tokens(3))
+    take(control)
+    time.sleep(8 * HEARTBEAT_S)
+    assert serve(control, engine).ticket == "t", "what is in the queue is not sent twice"
+    assert serve(control, engine).attempt_no == 1
+    for name in ("s", "t"):
+        feed.take(name)
+
+
 def test_a_slow_engine_is_not_asked_twice(
     feed: HiddenStateFeed, connect: Callable[[], ControlClient], engine: HiddenStateStore
 ) -> None:

@@ -19,7 +19,7 @@ from torchspec_hpc.errors import (
     TorchspecError,
 )
 from torchspec_hpc.slurm.engine_watch import EnginesLost, EngineWatch
-from torchspec_hpc.slurm.failures import read_failures, root_cause
+from torchspec_hpc.slurm.failures import Failure, read_failures, root_cause
 from torchspec_hpc.slurm.requeue import Ending
 from torchspec_hpc.slurm.services import Services
 from torchspec_hpc.slurm.steps import TRAINING, Step
@@ -128,7 +128,7 @@ class Watch:
     def _trainers_ended(self, code: int) -> Ending:
         if code == EXIT_DONE and self._run.done.exists():
             return self._done()
-        if code == EXIT_REQUEUE:
+        if code == EXIT_REQUEUE and not self._trainer_failures():
             saved = latest_step(self._run)
             return Ending(EXIT_REQUEUE, f"stopped with a checkpoint of step {saved}")
         if code == EXIT_DONE:
@@ -196,11 +196,13 @@ class Watch:
 
     def _a_trainer_failed(self, now: float) -> bool:
         """Whether one did, and its step had its time to end by itself."""
-        failed = any(failure.role == TRAINING for failure in read_failures(self._run))
-        if self._failing_since is None and failed:
+        if self._failing_since is None and self._trainer_failures():
             logger.info("a trainer failed; its step has %.0f s to end", _FAILURE_GRACE_S)
             self._failing_since = now
         return self._failing_since is not None and now - self._failing_since > _FAILURE_GRACE_S
+
+    def _trainer_failures(self) -> list[Failure]:
+        return [failure for failure in read_failures(self._run) if failure.role == TRAINING]
 
     def _look_at_engines(self, inference: Step, now: float) -> None:
         """Raises if none becomes ready in time; ends the attempt if there is none any more."""

@@ -13,7 +13,7 @@ from torchspec_hpc.config import Config, RunDir
 from torchspec_hpc.config.checkpoint_meta import Progress
 from torchspec_hpc.config.rundir import write_atomic
 from torchspec_hpc.data.sampler import Sampler
-from torchspec_hpc.errors import EXIT_DONE, EXIT_REQUEUE, TorchspecError
+from torchspec_hpc.errors import EXIT_DONE, EXIT_REQUEUE, DeadlineExceeded, TorchspecError
 from torchspec_hpc.training.batches import MicroBatches, packs_per_step
 from torchspec_hpc.training.checkpoint import Checkpointer
 from torchspec_hpc.training.costs import Feed, StepCosts
@@ -76,6 +76,7 @@ class Trainer:
         peak = peak_flops(config.training, world.device)
         self._meter = Meter(world, step_weights(config.training), peak)
         self._reporter: Reporter | None = None  # of the main rank, while it trains
+        self._no_data: DeadlineExceeded | None = None
         self._skips = SkipLimit(config.training.max_skipped_steps)
 
     def run(self) -> int:
@@ -86,6 +87,7 @@ class Trainer:
 
         Raises:
             TorchspecError: The gradient was not finite for too many steps in a row.
+            DeadlineExceeded: This rank waited for hidden states in vain; all have saved.
             CheckpointError: A checkpoint could not be written.
         """
         with ExitStack() as stack:
@@ -96,6 +98,8 @@ class Trainer:
                 )
             ended = self._catch_up() and self._train()
             self._checkpointer.wait()
+        if self._no_data is not None:
+            raise self._no_data
         if not ended:
             logger.info("stopped at step %d, as asked", self._progress.step)
             return EXIT_REQUEUE
@@ -140,6 +144,8 @@ class Trainer:
         except GaveUp as gave_up:  # a late engine must not keep us from a checkpoint
             logger.info("%s", gave_up)
             data = None
+        except DeadlineExceeded as error:  # no engine answers: keep what there is, then fail
+            self._no_data, data = error, None
         learning_rate = self._schedule(self._progress.step - self._progress.skipped)
         set_hyperparameters(self._optimizer, self._config.training, learning_rate)
         stop_asked = self._world.is_main and self._run.stop.exists()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from torch.distributed import QueueEmptyError, TCPStore  # type: ignore[attr-defined]
@@ -81,18 +81,17 @@ class ControlClient:
         Raises:
             MessageError: It is not authentic, or no request.
         """
-        wire = self._pop(_REQUESTS, timeout_s)
+        return self._poll(self._take_request, timeout_s)
+
+    def _take_request(self, store: TCPStore) -> Request | None:
+        wire = _try_pop(store, _REQUESTS)
         if wire is None:
             return None
         request = self._decode(_REQUESTS, wire, Request)
-        if self._rank is not None:
-            self._push_taken(request.reply_to, Taken(request.key, self._rank, self._session))
+        if self._rank is not None:  # at once: a moment later we may be dead
+            taken = self._codec.encode(Taken(request.key, self._rank, self._session))
+            store.queue_push(_taken(request.reply_to), taken)
         return request
-
-    def _push_taken(self, rank: int, taken: Taken) -> None:
-        wire = self._codec.encode(taken)
-        # not answered, which saves a round trip: a request has its deadline all the same
-        self._call(lambda store: store.queue_push(_taken(rank), wire))
 
     def pop_taken(self, rank: int) -> list[Taken]:
         """Which requests of a trainer rank engines have taken since the last call.
@@ -145,10 +144,11 @@ class ControlClient:
         Raises:
             MessageError: It is not authentic, or no reply.
         """
-        wire = self._pop(_replies(rank), timeout_s)
+        key = _replies(rank)
+        wire = self._poll(lambda store: _try_pop(store, key), timeout_s)
         if wire is None:
             return None
-        return cast("Receipt | Refusal", self._decode(_replies(rank), wire, (Receipt, Refusal)))
+        return cast("Receipt | Refusal", self._decode(key, wire, (Receipt, Refusal)))
 
     def heartbeat(self, role: str, rank: int, payload: Mapping[str, Scalar]) -> None:
         """Says that a process is alive, and how it fares."""
@@ -198,16 +198,17 @@ class ControlClient:
         """Ends the connection. Further calls raise :class:`ControlLost`."""
         self._connection.close()
 
-    def _pop(self, key: str, timeout_s: float) -> bytes | None:
+    def _poll(self, attempt: Callable[[TCPStore], M | None], timeout_s: float) -> M | None:
+        """Repeats a call until it finds something, with growing pauses."""
         deadline = time.monotonic() + timeout_s
         pause_s = _FIRST_POLL_S
-        while (wire := self._call(lambda store: _try_pop(store, key))) is None:
+        while (found := self._call(attempt)) is None:
             left_s = deadline - time.monotonic()
             if left_s <= 0:
                 return None
             time.sleep(min(pause_s, left_s))
             pause_s = min(2 * pause_s, _LAST_POLL_S)
-        return wire
+        return found
 
     def _decode(self, key: str, wire: bytes, kind: type[M] | tuple[type[M], ...]) -> M:
         message = self._codec.decode(wire)

@@ -95,11 +95,9 @@ class HiddenStateFeed:
         self._rank = rank
         self._deadline_s = control_config.request_deadline_s
         self._max_tries = control_config.request_max_tries
-        # longer than the supervisor waits for engines: it ends a run without any
-        self._queued_limit_s = max(
-            control_config.engine_ready_s + control_config.engines_lost_s,
-            self._deadline_s * self._max_tries,
-        )
+        # the supervisor, which knows whether there are engines, has its say before
+        engines_s = max(control_config.engine_ready_s, control_config.engines_lost_s)
+        self._queued_limit_s = engines_s + self._deadline_s
         self._holders = Holders(control, rank, control_config.heartbeat_s)
         self._key_prefix = f"{run_id_attempt}/{rank}"
         self._serial = itertools.count()
@@ -161,7 +159,7 @@ class HiddenStateFeed:
             GaveUp: `give_up` said so. The ticket stays open.
             SampleFailed: No engine can serve it.
             DeadlineExceeded: ``request_max_tries`` requests were not answered, or no
-                engine took the request for ``engine_ready_s + engines_lost_s`` seconds.
+                engine took the request for longer than the run does without engines.
             ControlLost: The control store is gone.
             StoreUnavailable: The Mooncake master is gone.
         """
@@ -277,8 +275,9 @@ class HiddenStateFeed:
         """Has what a lost engine had taken sent again."""
         with self._changed:
             waiting = {e.keys[-1]: e for e in self._tickets.values() if not e.settled and e.place}
-        for key, engine in self._holders.lost(waiting).items():
-            waiting[key].postpone(f"engine {engine} took it and is gone", self._deadline_s)
+        places = {key: entry.place for key, entry in waiting.items()}
+        for key, status in self._holders.lost(places).items():
+            waiting[key].postpone(status, self._deadline_s)
 
     def _check_deadlines(self) -> None:
         now = time.monotonic()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torchspec_hpc.transfer.control import ControlClient
@@ -18,7 +18,7 @@ _STALE_BEATS = 4
 
 @dataclass
 class _Engine:
-    """An inference rank as last seen: the session of its heartbeat, and since when."""
+    """An inference rank as last seen: its heartbeat, and by our clock since when."""
 
     session: str
     beat: float
@@ -29,8 +29,8 @@ class Holders:
     """Tells, long before the deadline of a request, that nobody works on it any more.
 
     An engine is gone when another one sends heartbeats as its rank, or when nobody does; the
-    age of a heartbeat is measured by this node's clock.  A request that was taken by an engine
-    which died before it could say so is left to its deadline.
+    age of a heartbeat is measured by this node's clock.  So is an engine that has taken a
+    request and does not even say so.
 
     Args:
         control: Connection to the control store.
@@ -40,29 +40,28 @@ class Holders:
 
     def __init__(self, control: ControlClient, rank: int, heartbeat_s: float) -> None:
         self._control, self._rank, self._interval_s = control, rank, heartbeat_s
+        self._stale_s = _STALE_BEATS * heartbeat_s
         self._taken: dict[str, Taken] = {}  # by key
+        self._silent: dict[str, float] = {}  # key -> since when nobody says that it has it
         self._engines: dict[int, _Engine] = {}
         self._due = 0.0
 
-    def lost(self, keys: Collection[str]) -> dict[str, int]:
+    def lost(self, waiting: Mapping[str, int]) -> dict[str, str]:
         """Requests whose engine is gone; looks once in an interval of heartbeats.
 
         Args:
-            keys: Of all requests that wait for an answer.
+            waiting: Key -> place in the queue, of all requests that wait for an answer.
 
         Returns:
-            Key -> rank of the engine that had taken it.
+            Key -> what became of it.
         """
         now = time.monotonic()
-        if now < self._due:
+        if now < self._due or not waiting:
             return {}
         self._due = now + self._interval_s
         found = {**self._taken, **{taken.key: taken for taken in self._news()}}
-        self._taken = {key: found[key] for key in keys if key in found}
-        self._look(now)
-        return {
-            key: taken.engine for key, taken in self._taken.items() if self._is_gone(taken, now)
-        }
+        self._taken = {key: found[key] for key in waiting if key in found}
+        return self._gone(now) | self._never_heard_of(waiting, now)
 
     def _news(self) -> list[Taken]:
         try:
@@ -71,17 +70,27 @@ class Holders:
             logger.error("dropped what an engine says: %s", error)
             return []
 
-    def _look(self, now: float) -> None:
+    def _gone(self, now: float) -> dict[str, str]:
         ranks = {taken.engine for taken in self._taken.values()}
         for beat in self._control.last_beats("inference", sorted(ranks)):
             known = self._engines.get(beat.rank)
             if known is None or (known.session, known.beat) != (beat.session, beat.time):
                 self._engines[beat.rank] = _Engine(beat.session, beat.time, now)
+        return {
+            key: f"engine {taken.engine} took it and is gone"
+            for key, taken in self._taken.items()
+            if self._engines[taken.engine].session != taken.session
+            or now - self._engines[taken.engine].seen > self._stale_s
+        }
 
-    def _is_gone(self, taken: Taken, now: float) -> bool:
-        engine = self._engines.get(taken.engine)
-        if engine is None:
-            return False  # not seen yet: the deadline counts
-        return engine.session != taken.session or (
-            now - engine.seen > _STALE_BEATS * self._interval_s
-        )
+    def _never_heard_of(self, waiting: Mapping[str, int], now: float) -> dict[str, str]:
+        unheard = [key for key in waiting if key not in self._taken]
+        num_taken = self._control.requests_taken() if unheard else 0
+        self._silent = {
+            key: self._silent.get(key, now) for key in unheard if waiting[key] <= num_taken
+        }
+        return {
+            key: "an engine took it and died"
+            for key, since in self._silent.items()
+            if now - since > self._stale_s
+        }
