@@ -1,20 +1,23 @@
 #!/usr/bin/env python3
 """Measure the way of hidden states from an engine to a trainer on this machine.
 
-    python tools/bench_transfer.py [--sizes-mib 1 4 16 64] [--repeats 15]
+    python tools/bench_transfer.py [--sizes-kib 64 1024 4096 16384 65536] [--repeats 15]
 
 Two processes, as in a run: this one is the trainer and owns the segment, a child is the engine.
 Every repeat measures, one after the other and so under the same load:
 
-======  ==========================================================================================
-memcpy  a copy between two warm buffers: what no transfer can beat
-socket  plain TCP over loopback between the two processes: what moves between processes here
-put     the engine's ``HiddenStateStore.put`` into the trainer's segment
-get     the trainer's ``HiddenStateStore.get_into`` from its own segment
-feed    submit, put, receipt, get and remove, with a window of samples open at a time
-======  ==========================================================================================
+=========  =======================================================================================
+memcpy     a copy between two warm buffers: what no transfer can beat
+shm        writing a file in /dev/shm, and reading it back
+socket     plain TCP over loopback between the two processes: what moves between processes here
+put, get   the engine's put into the trainer's segment, the trainer's get from there; and with the
+           process of the other side, "own" for the trainer's own put, "far" for the engine's get
+=========  =======================================================================================
 
-Medians in GB/s (1e9 bytes), ratios to the baseline of the same repeat, peak memory of both sides.
+Of each put and get there are three: Mooncake's own best (``raw``: registered memory, the bare
+client), ``HiddenStateStore`` without (``ours``) and with checksums (``crc``).  Medians in GB/s
+(1e9 bytes); "ours/raw" and "crc/raw" are medians of the ratios within a repeat.  Then puts by
+several threads at once, and the whole feed: submit, put, receipt, get and remove.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from __future__ import annotations
 import argparse
 import functools
 import multiprocessing
+import os
 import resource
 import socket
 import statistics
@@ -29,6 +33,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -43,11 +48,13 @@ from torchspec_hpc.transfer import control_server
 from torchspec_hpc.transfer.control import ControlClient
 from torchspec_hpc.transfer.feed import HiddenStateFeed
 from torchspec_hpc.transfer.messages import Receipt
+from torchspec_hpc.transfer.mooncake_client import open_client
 from torchspec_hpc.transfer.store import HiddenStateStore
 
-MIB = 1024**2
+KIB, MIB = 1024, 1024**2
 HOST = "127.0.0.1"
 SECRET = bytes(range(32))
+WAYS = ("raw", "ours", "crc")
 #: SmolLM2-135M in float32: 3 aux layers and the last one, 9216 bytes a token
 STATES, HIDDEN, ITEMSIZE = 4, 576, 4
 TOKEN_BYTES = STATES * HIDDEN * ITEMSIZE
@@ -55,38 +62,40 @@ TOKEN_BYTES = STATES * HIDDEN * ITEMSIZE
 
 def main() -> None:
     """Runs the benchmark and prints its tables."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--sizes-mib", type=int, nargs="+", default=[1, 4, 16, 64])
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--window", type=int, default=4, help="samples open at a time in the feed")
-    arguments = parser.parse_args()
+    options = _parse()
     torch.set_num_threads(1)
-    largest = max(arguments.sizes_mib) * MIB
-    config = MooncakeConfig(global_segment_size=largest * (arguments.window + 2))
+    largest = max(options.sizes_kib) * KIB
+    config = MooncakeConfig(global_segment_size=max(largest, 16 * MIB) * (options.window + 2))
     with ExitStack() as stack:
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         endpoints = _start_services(stack, config, logs)
         engine = Engine(endpoints, config, largest)
         stack.callback(engine.stop)
-        trainer = HiddenStateStore.open(
-            config, endpoints, segment_bytes=int(config.global_segment_size), deadline_s=30
-        )
-        stack.callback(trainer.close)
-        bench = Bench(engine, trainer, largest)
-        print("  MiB |  memcpy   socket |     put  /socket |     get  /memcpy")
-        for size_mib in arguments.sizes_mib:
-            print(_row(size_mib, bench.repeat(size_mib * MIB, arguments.repeats)), flush=True)
-        print(f"\nfeed, window of {arguments.window}; a token is {TOKEN_BYTES} bytes")
-        for size_mib in arguments.sizes_mib:
-            num_tokens = size_mib * MIB // TOKEN_BYTES
-            seconds = _feed(engine, trainer, endpoints, num_tokens, arguments)
+        trainer = Side(endpoints, config, largest, int(config.global_segment_size))
+        stack.callback(trainer.store.close)
+        _print_steps(Bench(engine, trainer, largest), options)
+        _print_threads(engine, trainer, options)
+        print(f"\nfeed, window of {options.window}; a token is {TOKEN_BYTES} bytes")
+        for size_kib in options.sizes_kib:
+            num_tokens = max(1, size_kib * KIB // TOKEN_BYTES)
+            seconds = _feed(engine, trainer.store, endpoints, num_tokens, options)
             rate = num_tokens * TOKEN_BYTES / seconds / 1e9
-            print(f"{size_mib:5d} | {rate:6.2f} GB/s  {num_tokens / seconds:12,.0f} tokens/s")
+            print(f"{size_kib:6d} | {rate:6.2f} GB/s  {num_tokens / seconds:12,.0f} tokens/s")
         segment_mib = int(config.global_segment_size) // MIB
         print(f"\npeak memory: trainer {_peak_mib():.0f} MiB, its segment {segment_mib} of them;")
-        print(f"             engine {engine.peak_mib():.0f} MiB")
+        print(f"             engine {engine.order('peak'):.0f} MiB")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    sizes = [64, 256, 1024, 4096, 16384, 65536]
+    parser.add_argument("--sizes-kib", type=int, nargs="+", default=sizes)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--window", type=int, default=4, help="samples open at a time in the feed")
+    return parser.parse_args()
 
 
 def _start_services(stack: ExitStack, config: MooncakeConfig, logs: Path) -> Endpoints:
@@ -97,6 +106,42 @@ def _start_services(stack: ExitStack, config: MooncakeConfig, logs: Path) -> End
         stack.callback(service.stop)
     ready = [service.wait_ready(60, lambda: None) for service in (control, master)]
     return Endpoints("bench", 0, ready[0], ready[1], {node_name(): HOST})
+
+
+class Side:
+    """One process' client, used in all three ways, and a registered buffer."""
+
+    def __init__(
+        self, endpoints: Endpoints, config: MooncakeConfig, largest: int, segment_bytes: int
+    ) -> None:
+        client = open_client(config, endpoints, segment_bytes, 30)
+        self.store = HiddenStateStore(client, config)
+        plain = HiddenStateStore(client, config.model_copy(update={"checksum": False}))
+        self._client, self._stores = client, {"ours": plain, "crc": self.store}
+        self.buffer = torch.randint(0, 256, (largest,), dtype=torch.uint8)
+        self._sums: dict[str, int | None] = {}
+        self.store.register(self.buffer)
+        plain._registered.update(self.store._registered)  # noqa: SLF001 - one client, two views of it
+
+    def put(self, way: str, key: str, num_bytes: int, segment: str) -> int | None:
+        """Puts the beginning of the buffer; returns the checksum."""
+        if way != "raw":
+            return self._stores[way].put(key, self.buffer[:num_bytes], segment)
+        from mooncake.store import ReplicateConfig
+
+        placement = ReplicateConfig()
+        placement.with_hard_pin = True
+        placement.preferred_segment = segment
+        code = self._client.put_from(key, self.buffer.data_ptr(), num_bytes, placement)
+        assert code == 0, code
+        return None
+
+    def get(self, way: str, key: str, num_bytes: int, checksum: int | None) -> None:
+        """Gets an object into the beginning of the buffer."""
+        if way == "raw":
+            assert self._client.get_into(key, self.buffer.data_ptr(), num_bytes) == num_bytes
+        else:
+            self._stores[way].get_into(key, self.buffer[:num_bytes], checksum)
 
 
 class Engine:
@@ -116,10 +161,6 @@ class Engine:
         self.orders.send(order)
         return float(self.orders.recv())
 
-    def peak_mib(self) -> float:
-        """Largest resident size so far."""
-        return self.order("peak")
-
     def stop(self) -> None:
         """Ends the process."""
         self.orders.send(("stop",))
@@ -130,27 +171,36 @@ def _engine_main(
     orders: Connection, endpoints: Endpoints, config: MooncakeConfig, largest: int
 ) -> None:
     torch.set_num_threads(1)
-    store = HiddenStateStore.open(config, endpoints, segment_bytes=0, deadline_s=30)
+    side = Side(endpoints, config, largest, segment_bytes=0)
     control = ControlClient(endpoints.control, SECRET, timeout_s=10)
-    source = torch.randint(0, 256, (largest,), dtype=torch.uint8)
     listener = socket.create_server((HOST, 0))
     orders.send(listener.getsockname()[1])
     connection, _ = listener.accept()
     while (order := orders.recv())[0] != "stop":
         match order:
-            case ("put", key, num_bytes, segment):
-                answer = _seconds(functools.partial(store.put, key, source[:num_bytes], segment))
+            case ("put", *arguments):
+                answer = _seconds(functools.partial(side.put, *arguments))
+            case ("get", *arguments):
+                answer = _seconds(functools.partial(side.get, *arguments))
+            case ("puts", num_threads, *arguments):
+                answer = _seconds(functools.partial(_puts, side, num_threads, *arguments))
             case ("socket", num_bytes):
-                answer = _seconds(functools.partial(_send, connection, source[:num_bytes]))
+                answer = _seconds(functools.partial(_send, connection, side.buffer[:num_bytes]))
             case ("serve", num_samples):
                 orders.send(0.0)
                 for _ in range(num_samples):
-                    _serve_one(control, store, source)
+                    _serve_one(control, side)
                 answer = 0.0
             case _:
                 answer = _peak_mib()
         orders.send(answer)
-    store.close()
+    side.store.close()
+
+
+def _puts(side: Side, num_threads: int, way: str, key: str, num_bytes: int, segment: str) -> None:
+    with ThreadPoolExecutor(num_threads) as pool:
+        for i in range(num_threads):
+            pool.submit(side.put, way, f"{key}/{i}", num_bytes, segment)
 
 
 def _send(connection: socket.socket, source: torch.Tensor) -> None:
@@ -158,42 +208,64 @@ def _send(connection: socket.socket, source: torch.Tensor) -> None:
     connection.recv(1)  # all of it has arrived
 
 
-def _serve_one(control: ControlClient, store: HiddenStateStore, source: torch.Tensor) -> None:
+def _serve_one(control: ControlClient, side: Side) -> None:
     request = control.pop_request(30)
     assert request is not None
     num_tokens = len(request.tokens)
-    states = source[: num_tokens * TOKEN_BYTES].view(torch.float32)
-    store.put(request.key, states, request.segment)
+    checksum = side.put("crc", request.key, num_tokens * TOKEN_BYTES, request.segment)
     shape = (num_tokens, STATES, HIDDEN)
-    control.push_reply(0, Receipt(request.ticket, request.key, shape, "float32", 0))
+    control.push_reply(0, Receipt(request.ticket, request.key, shape, "float32", 0, checksum))
 
 
 class Bench:
     """The single steps, timed in turn."""
 
-    def __init__(self, engine: Engine, trainer: HiddenStateStore, largest: int) -> None:
+    def __init__(self, engine: Engine, trainer: Side, largest: int) -> None:
         self._engine, self._trainer = engine, trainer
         self._socket = socket.create_connection((HOST, engine.port))
         self._source = torch.randint(0, 256, (largest,), dtype=torch.uint8)
         self._target = torch.zeros(largest, dtype=torch.uint8)
-        trainer.register(self._target)
 
     def repeat(self, num_bytes: int, repeats: int) -> dict[str, list[float]]:
         """GB/s of every step, one value a repeat; the first repeat warms up."""
         rates: dict[str, list[float]] = defaultdict(list)
-        source, target = self._source[:num_bytes], self._target[:num_bytes]
         for i in range(repeats + 1):
-            key = f"bench/{num_bytes}/{i}"
-            seconds = {
-                "memcpy": _seconds(functools.partial(target.copy_, source)),
-                "socket": self._receive(num_bytes),
-                "put": self._engine.order("put", key, num_bytes, self._trainer.segment),
-                "get": _seconds(functools.partial(self._trainer.get_into, key, target)),
-            }
-            self._trainer.remove(key)
+            seconds = self._baselines(num_bytes)
+            for way in WAYS:
+                seconds |= self._store(way, f"bench/{num_bytes}/{i}/{way}", num_bytes)
             for step, value in seconds.items() if i else ():
                 rates[step].append(num_bytes / value / 1e9)
         return rates
+
+    def _baselines(self, num_bytes: int) -> dict[str, float]:
+        source, target = self._source[:num_bytes], self._target[:num_bytes]
+        path = Path(f"/dev/shm/bench_transfer.{os.getpid()}")  # noqa: S108 - memory, not a file
+        seconds = {
+            "memcpy": _seconds(functools.partial(target.copy_, source)),
+            "shm write": _seconds(functools.partial(path.write_bytes, source.numpy().data)),
+            "shm read": _seconds(lambda: path.open("rb").readinto(target.numpy().data)),
+            "socket": self._receive(num_bytes),
+        }
+        path.unlink()
+        return seconds
+
+    def _store(self, way: str, key: str, num_bytes: int) -> dict[str, float]:
+        store, segment = self._trainer.store, self._trainer.store.segment
+        checksum = self._trainer.put(way, f"{key}/sum", num_bytes, segment)
+        self._trainer.get("raw", f"{key}/sum", num_bytes, None)
+        seconds = {
+            f"put {way}": self._engine.order("put", way, key, num_bytes, segment),
+            f"own {way}": _seconds(
+                functools.partial(self._trainer.put, way, f"{key}/own", num_bytes, segment)
+            ),
+            f"get {way}": _seconds(
+                functools.partial(self._trainer.get, way, f"{key}/sum", num_bytes, checksum)
+            ),
+            f"far {way}": self._engine.order("get", way, f"{key}/sum", num_bytes, checksum),
+        }
+        for suffix in ("", "/sum", "/own"):
+            store.remove(f"{key}{suffix}")
+        return seconds
 
     def _receive(self, num_bytes: int) -> float:
         view = self._target[:num_bytes].numpy().data
@@ -205,31 +277,73 @@ class Bench:
         return float(self._engine.orders.recv())
 
 
+def _print_steps(bench: Bench, options: argparse.Namespace) -> None:
+    names = ("put", "get", "own", "far")
+    print("   KiB |  memcpy shm write  read  socket |" + "".join(
+        f" {name}:  raw  ours   crc  ours/raw crc/raw |" for name in names
+    ))  # fmt: skip
+    for size_kib in options.sizes_kib:
+        rates = bench.repeat(size_kib * KIB, options.repeats)
+        median = {step: statistics.median(values) for step, values in rates.items()}
+        line = (
+            f"{size_kib:6d} | {median['memcpy']:7.2f} {median['shm write']:9.2f} "
+            f"{median['shm read']:5.2f} {median['socket']:7.2f} |"
+        )
+        for name in names:
+            raw = rates[f"{name} raw"]
+            ratios = [
+                statistics.median(a / b for a, b in zip(rates[f"{name} {way}"], raw, strict=True))
+                for way in WAYS[1:]
+            ]
+            values = [median[f"{name} {way}"] for way in WAYS]
+            line += f"     {values[0]:5.2f} {values[1]:5.2f} {values[2]:5.2f}  {ratios[0]:8.2f} "
+            line += f"{ratios[1]:7.2f} |"
+        print(line, flush=True)
+
+
+def _print_threads(engine: Engine, trainer: Side, options: argparse.Namespace) -> None:
+    print("\nputs by threads at once, GB/s of all together\n   KiB threads |   raw  ours   crc")
+    for size_kib in [size for size in options.sizes_kib if size in (1024, 16384)]:
+        for num_threads in options.threads:
+            line = f"{size_kib:6d} {num_threads:7d} |"
+            for way in WAYS:
+                seconds = []
+                for i in range(options.repeats + 1):
+                    key = f"threads/{size_kib}/{num_threads}/{way}/{i}"
+                    arguments = (way, key, size_kib * KIB, trainer.store.segment)
+                    seconds.append(engine.order("puts", num_threads, *arguments))
+                    for thread in range(num_threads):
+                        trainer.store.remove(f"{key}/{thread}")
+                total = num_threads * size_kib * KIB
+                line += f" {total / statistics.median(seconds[1:]) / 1e9:5.2f}"
+            print(line, flush=True)
+
+
 def _feed(
     engine: Engine,
     trainer: HiddenStateStore,
     endpoints: Endpoints,
     num_tokens: int,
-    arguments: argparse.Namespace,
+    options: argparse.Namespace,
 ) -> float:
     """Seconds a sample through the feed."""
     control = ControlClient(endpoints.control, SECRET, timeout_s=10)
     feed = HiddenStateFeed(control, trainer, 0, ControlConfig(), f"feed-{num_tokens}")
     tokens = np.arange(num_tokens, dtype=np.int32)
-    num_samples = arguments.repeats + arguments.window
+    num_samples = options.repeats + options.window
     engine.order("serve", num_samples)
-    for i in range(arguments.window):
+    for i in range(options.window):
         feed.submit(str(i), tokens)
     times = []
     for i in range(num_samples):
         feed.take(str(i))
         times.append(time.perf_counter())
-        if i + arguments.window < num_samples:
-            feed.submit(str(i + arguments.window), tokens)
+        if i + options.window < num_samples:
+            feed.submit(str(i + options.window), tokens)
     engine.orders.recv()
     feed.close()
     control.close()
-    warm = times[arguments.window - 1 :]
+    warm = times[options.window - 1 :]
     return (warm[-1] - warm[0]) / (len(warm) - 1)
 
 
@@ -237,20 +351,6 @@ def _seconds(step: Callable[[], object]) -> float:
     start = time.perf_counter()
     step()
     return time.perf_counter() - start
-
-
-def _row(size_mib: int, rates: dict[str, list[float]]) -> str:
-    median = {step: statistics.median(values) for step, values in rates.items()}
-
-    def ratio(step: str, baseline: str) -> float:
-        pairs = zip(rates[step], rates[baseline], strict=True)
-        return statistics.median(rate / base for rate, base in pairs)
-
-    return (
-        f"{size_mib:5d} | {median['memcpy']:7.2f}  {median['socket']:7.2f} "
-        f"| {median['put']:7.2f}  {ratio('put', 'socket'):7.2f} "
-        f"| {median['get']:7.2f}  {ratio('get', 'memcpy'):7.2f}"
-    )
 
 
 def _peak_mib() -> float:

@@ -28,10 +28,10 @@ from torchspec_hpc.transfer.messages import (
 )
 from torchspec_hpc.transfer.store import HiddenStateStore
 
-DEADLINE_S = 0.8
+DEADLINE_S = 2.0
 MAX_TRIES = 3
 RANK = 5
-QUEUED_S = 3.0
+QUEUED_S = 5.0
 LONG_S = 20.0
 
 
