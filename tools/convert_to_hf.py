@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """``torchspec-hpc export`` under the name and with the options of the reference system's tool.
 
     python tools/convert_to_hf.py --input-dir RUN/checkpoints/step_5000

@@ -8,15 +8,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.export.conftest import RunWriter
+from torchspec_hpc.config import RunDir
 from torchspec_hpc.config.checkpoint_meta import CheckpointMeta
 from torchspec_hpc.config.schema import ModelConfig
+from torchspec_hpc.config.yaml_io import dump_yaml
 from torchspec_hpc.drafts.batch import pack
 from torchspec_hpc.drafts.eagle3.config import Eagle3Config
 from torchspec_hpc.drafts.eagle3.formats import Served
@@ -25,12 +29,14 @@ from torchspec_hpc.drafts.eagle3.plan import make_plan
 from torchspec_hpc.drafts.target_head import TargetHead
 from torchspec_hpc.export.checkpoint import DraftCheckpoint
 from torchspec_hpc.export.eagle3 import ExportOptions, draft_config, export_draft
-from torchspec_hpc.export.evaluate import ServeSettings
+from torchspec_hpc.export.evaluate import Case, ServeSettings
+from torchspec_hpc.export.follow import FollowSettings, follow
+from torchspec_hpc.export.prompts import Prompt, PromptSet
 from torchspec_hpc.export.pruning import prune
 from torchspec_hpc.target.spec import TargetSpec
 from torchspec_hpc.target.weights import load_target_tensors
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).parents[2]
 K, ANSWER = 3, 40
@@ -93,7 +99,7 @@ def gate(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Gate:
     (folder / "job.json").write_text(json.dumps(job))
     command = [sys.executable, "-m", "tests.export.serve_gates", "job.json", "reply.pt"]
     command[-2:] = [str(folder / name) for name in command[-2:]]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     replies = torch.load(folder / "reply.pt", weights_only=True)
     return Gate(answer, full, pruned, dict(zip(("hf", "speculators"), replies, strict=True)))
@@ -166,6 +172,35 @@ def test_vllm_computes_the_logits_that_we_train(gate: Gate, draft_format: str) -
     theirs = served["logits"] if kept is None else served["logits"][:, kept]
     assert ours.std() > 1, "logits that say something"
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-3)
+
+
+def test_a_run_is_followed_until_it_is_done(gate: Gate, write_run: RunWriter) -> None:
+    """Through the engine's own process, as the command does it."""
+    meta = replace(gate.full.meta, step=7)
+    run = RunDir(write_run(replace(gate.full, meta=meta)))
+    run.control.mkdir()
+    config = {
+        "run_name": "run",
+        "output_dir": str(run.root.parent),
+        "model": {"target_model_path": meta.target},
+        "dataset": {"train_data_path": "data.jsonl"},
+    }
+    run.config.write_text(dump_yaml(config))
+    run.done.touch()
+    prompts = PromptSet("mine", (Prompt(tuple(PROMPT)),))
+    serve = ServeSettings(meta.target, max_tokens=ANSWER, max_model_len=256)
+    settings = FollowSettings(serve, [Case(prompts)], K, poll_s=0.1)
+    follow(run, settings)
+    follow(run, settings)  # nothing is left to measure
+    [record] = [json.loads(line) for line in (run.root / "served.jsonl").read_text().splitlines()]
+    assert (record["step"], record["prompts"]) == (7, "mine")
+    assert record["accept_len"] > 0.9 * (1 + K)
+    low, high = record["accept_len_interval"]
+    assert low == high == pytest.approx(record["accept_len"]), "one conversation has no spread"
+    events = EventAccumulator(str(run.tensorboard / "served"))
+    events.Reload()
+    [scalar] = events.Scalars("served_accept_len/mine, temperature 0, 8 in flight")
+    assert (scalar.step, scalar.value) == (7, pytest.approx(record["accept_len"]))
 
 
 def _target_tensors(target: str) -> Any:

@@ -17,6 +17,7 @@ from torchspec_hpc.cli import data_commands, run_commands, submit_commands
 from torchspec_hpc.cli.arguments import ConfigFile, Overrides, Resume, RunPath
 from torchspec_hpc.cli.evaluate_command import evaluate
 from torchspec_hpc.cli.export_command import export
+from torchspec_hpc.cli.follow_command import follow
 from torchspec_hpc.errors import TorchspecError, exit_code_of
 
 app = typer.Typer(
@@ -65,6 +66,7 @@ app.add_typer(submit_commands.app)
 app.add_typer(run_commands.app)
 app.command()(export)
 app.command()(evaluate)
+app.command()(follow)
 app.add_typer(data_commands.app)
 
 
