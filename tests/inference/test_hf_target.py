@@ -161,6 +161,16 @@ def test_accelerate_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         HookedTarget(str(tmp_path), layers=LAYERS, dtype=torch.float32, device="auto")
 
 
+def test_a_target_that_is_too_large_is_not_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    offloaded = {"layers.0": 0, "layers.1": 1, "layers.2": "cpu", "layers.3": "disk"}
+    hf_target.require_on_gpus(offloaded)  # without GPUs there is nowhere else
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    hf_target.require_on_gpus({"layers.0": 0, "layers.1": 1})
+    with pytest.raises(ConfigError, match=r"fit on the 2 GPUs .* 2 of its modules.*\n.*per_engine"):
+        hf_target.require_on_gpus(offloaded)
+
+
 def test_no_more_is_held_than_what_is_returned(tmp_path: Path) -> None:
     save(tmp_path, "llama")
     target = HookedTarget(str(tmp_path), layers=LAYERS, dtype=torch.float32, device="cpu")

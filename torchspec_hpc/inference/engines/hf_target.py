@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +54,10 @@ class HookedTarget:
             _require_accelerate()
             options["device_map"] = "auto"
         model = _load(path, options)
-        if device != "auto":
+        if device == "auto":
+            # there is none where one device holds everything
+            require_on_gpus(getattr(model, "hf_device_map", {}))
+        else:
             model.to(device)
         owner, name = find_decoder(model)
         self._decoder: Any = owner.eval()
@@ -154,10 +157,10 @@ def _takes_token_ids(model: nn.Module, name: str) -> bool:
     return any(isinstance(child, nn.Embedding) for child in owner.children())
 
 
-def _load(path: str, options: dict[str, Any]) -> nn.Module:
+def _load(path: str, options: dict[str, Any]) -> Any:
     try:
         # the bare decoder: no language-model head, whose logits nobody reads
-        return cast("nn.Module", AutoModel.from_pretrained(path, **options))
+        return AutoModel.from_pretrained(path, **options)
     except ImportError as error:  # flash_attention_2 without flash-attn, or remote code's imports
         raise ConfigError(
             f"Transformers needs a package to load model.target_model_path = {path}: {error}",
@@ -175,6 +178,24 @@ def _require_accelerate() -> None:
             "inference.engine is hf with inference_num_gpus_per_engine > 1, and the package "
             "accelerate, which spreads the layers over the GPUs, is not installed",
             hint="pip install accelerate, or use one GPU for each engine",
+        )
+
+
+def require_on_gpus(device_map: Mapping[str, object]) -> None:
+    """Refuses what accelerate does with a target that is too large, in silence.
+
+    Args:
+        device_map: Where each module is.
+
+    Raises:
+        ConfigError: There are GPUs, and some modules are not on them.
+    """
+    elsewhere = [name for name, place in device_map.items() if place in ("cpu", "disk")]
+    if elsewhere and torch.cuda.is_available():
+        raise ConfigError(
+            f"the target does not fit on the {torch.cuda.device_count()} GPUs of an engine: "
+            f"{len(elsewhere)} of its modules would be loaded for each batch anew",
+            hint="raise inference.inference_num_gpus_per_engine",
         )
 
 

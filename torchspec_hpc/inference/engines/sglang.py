@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 _HOOK_FACTORY = "torchspec_hpc.inference.engines.sglang_capture:capture_hook"
 #: The final norm and what follows it, in models that wrap a language model, too.
-_HOOKED = ("*model.norm", "*language_model.norm", "*logits_processor")
+_HOOKED = ("*model.norm", "*logits_processor")
 #: SGLang generates at least one token.
 _TOKENS_BEYOND_PROMPT = 1
 #: SGLang's own default of ``chunked_prefill_size`` on large GPUs.
