@@ -94,7 +94,7 @@ def _broken_data(folder: Path) -> dict[str, object]:
 
 
 def _wrong_columns(folder: Path) -> dict[str, object]:
-    path = write_jsonl(folder / "text.jsonl", [{"text": "no turns"}] * 20)
+    path = write_jsonl(folder / "words.jsonl", [{"words": "no turns"}] * 20)
     return {"dataset": {"train_data_path": str(path)}}
 
 
@@ -112,7 +112,7 @@ _HELD: list[socket.socket] = []
     [
         (_no_chat_template, "chat template"),
         (_broken_data, "broken JSON"),
-        (_wrong_columns, "text"),
+        (_wrong_columns, "no column of turns: found words"),
         (_port_in_use, "control.port"),
     ],
 )

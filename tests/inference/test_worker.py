@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -35,11 +36,14 @@ ROOT = Path(__file__).parents[2]
 @contextmanager
 def worker(run: RunDir, *argv: str, **env: str) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "torchspec_hpc.inference.worker", "--run-dir", str(run.root)]
-    process = subprocess.Popen([*command, *argv], cwd=ROOT, env={**os.environ, **env})
+    process = subprocess.Popen(
+        [*command, *argv], cwd=ROOT, env={**os.environ, **env}, start_new_session=True
+    )
     try:
         yield process
-    finally:
-        process.kill()
+    finally:  # with what it started, as a shepherd does
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
