@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure preparation of training data: rows/s, tokens/s, peak memory.
+"""Measure preparation of training data: rows/s, tokens/s, CPU seconds, peak memory.
 
     python tools/bench_data.py --rows 100000 [--workers 2] [--datasets] [--output DIR]
 
@@ -11,16 +11,20 @@ batches of rendered texts, as many processes, no loss mask.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
-import resource
 import shutil
 import tempfile
+import threading
 import time
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
+
+import psutil
+from typing_extensions import Self
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / ".cache/smollm2-135m-instruct"
@@ -34,6 +38,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--max-words", type=int, help="cut every text; default: whole texts")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--datasets", action="store_true", help="time Hugging Face datasets, too")
     parser.add_argument("--output", type=Path, help="keep what is made; default: a temporary place")
@@ -41,7 +46,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     folder = args.output or Path(tempfile.mkdtemp(prefix="bench_data"))
     folder.mkdir(parents=True, exist_ok=True)
-    path = write_rows(folder / f"rows_{args.rows}.jsonl", args.rows)
+    path = write_rows(folder / f"rows_{args.rows}.jsonl", args.rows, args.max_words)
     bench_prepare(path, folder / "cache", args.workers)
     if args.datasets:
         bench_datasets(path, folder / "datasets", args.workers)
@@ -49,9 +54,11 @@ def main() -> None:
         shutil.rmtree(folder)
 
 
-def write_rows(path: Path, num: int) -> Path:
+def write_rows(path: Path, num: int, max_words: int | None) -> Path:
     """The demo's conversations until there are so many."""
     rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
+    for message in (message for row in rows for message in row["messages"]):
+        message["content"] = " ".join(message["content"].split(" ")[:max_words])
     with path.open("w", encoding="utf-8") as file:
         for i, row in enumerate(islice(cycle(rows), num)):
             file.write(json.dumps(row | {"id": f"row-{i}"}) + "\n")
@@ -66,9 +73,9 @@ def bench_prepare(path: Path, cache: Path, workers: int) -> None:
 
     config = DatasetConfig(train_data_path=str(path), num_prepare_workers=workers)
     model = ModelConfig(target_model_path=str(TARGET))
-    started = time.perf_counter()
-    prepared = prepare_dataset(path, config, model, MAX_SEQ_LENGTH, cache)
-    report("prepare", time.perf_counter() - started, len(prepared), prepared.report.num_tokens)
+    with Meter() as meter:
+        prepared = prepare_dataset(path, config, model, MAX_SEQ_LENGTH, cache)
+        meter.report("prepare", len(prepared), prepared.report.num_tokens)
     started = time.perf_counter()
     dataset = TokenDataset(prepared.folder)
     print(f"open {len(dataset)} samples: {1e3 * (time.perf_counter() - started):.1f} ms")
@@ -89,26 +96,61 @@ def bench_datasets(path: Path, cache: Path, workers: int) -> None:
         ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
         return {"input_ids": [i[:MAX_SEQ_LENGTH] for i in ids]}
 
-    started = time.perf_counter()
-    rows = datasets.load_dataset("json", data_files=str(path), split="train", cache_dir=str(cache))
-    mapped = rows.map(tokenize, batched=True, num_proc=workers, remove_columns=rows.column_names)
-    seconds = time.perf_counter() - started
-    num_tokens = sum(len(ids) for ids in mapped.with_format("numpy")["input_ids"])
-    report(f"datasets {datasets.__version__}", seconds, len(mapped), num_tokens)
+    with Meter() as meter:
+        rows = datasets.load_dataset(
+            "json", data_files=str(path), split="train", cache_dir=str(cache)
+        )
+        mapped = rows.map(
+            tokenize, batched=True, num_proc=workers, remove_columns=rows.column_names
+        )
+        lengths = [len(ids) for ids in mapped.with_format("numpy")["input_ids"]]
+        meter.report(f"datasets {datasets.__version__}", len(mapped), sum(lengths))
 
 
-def report(name: str, seconds: float, num_rows: int, num_tokens: int) -> None:
-    """Prints one measurement; memory is the most that any process had so far."""
-    peak = [
-        resource.getrusage(who).ru_maxrss / 1024
-        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    ]
-    print(
-        f"{name}: {num_rows} rows in {seconds:.1f} s, {num_rows / seconds:.0f} rows/s, "
-        f"{num_tokens / seconds:.0f} tokens/s, peak {peak[0]:.0f} MiB, "
-        f"largest child {peak[1]:.0f} MiB",
-        flush=True,
-    )
+class Meter:
+    """CPU seconds and memory of this process and its children, looked at twice a second."""
+
+    def __enter__(self) -> Self:
+        self._started = time.perf_counter()
+        self._cpu_s: dict[int, float] = {}
+        self._before = sum(self._processes().values())
+        self.peak_mib = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.5):
+            self._processes()
+
+    def _processes(self) -> dict[int, float]:
+        this = psutil.Process()
+        num_bytes = 0
+        for process in [this, *this.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+                times = process.cpu_times()
+                self._cpu_s[process.pid] = times.user + times.system
+                memory = process.memory_full_info()
+                num_bytes += memory.pss
+        self.peak_mib = max(getattr(self, "peak_mib", 0.0), num_bytes / 2**20)
+        return self._cpu_s
+
+    def report(self, name: str, num_rows: int, num_tokens: int) -> None:
+        """Prints one measurement."""
+        seconds = time.perf_counter() - self._started
+        cpu_s = sum(self._processes().values()) - self._before
+        print(
+            f"{name}: {num_rows} rows in {seconds:.1f} s ({cpu_s:.1f} CPU s): "
+            f"{num_rows / seconds:.0f} rows/s, {num_tokens / seconds:.0f} tokens/s; "
+            f"{num_rows / cpu_s:.0f} rows and {num_tokens / cpu_s:.0f} tokens a CPU second; "
+            f"peak of all processes {self.peak_mib:.0f} MiB",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -212,6 +212,7 @@ def test_callers_at_once_share_one_result(tmp_path: Path, model: ModelConfig) ->
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode, "SHARD_ROWS", 6)
+    monkeypatch.setattr(dataset_module, "_WORTH_PROCESSES", 3)
 
 
 def same_samples(a: TokenDataset, b: TokenDataset) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -95,6 +95,10 @@ def regenerate(
         int | None, typer.Option(min=1, help="Tokens, prompt and answer; default: the model's.")
     ] = None,
     tp_size: Annotated[int, typer.Option(min=1, help="GPUs of the engine.")] = 1,
+    template_kwargs: Annotated[
+        str,
+        typer.Option(help='JSON of variables of the chat template: {"enable_thinking": false}.'),
+    ] = "{}",
     max_minutes: Annotated[float, typer.Option(help="Then no new row is begun.")] = 1e9,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")
@@ -106,7 +110,16 @@ def regenerate(
     from torchspec_hpc.data.answerers import AnswerSettings, Server, start_offline
     from torchspec_hpc.data.regenerate import regenerate as run
 
-    settings = AnswerSettings(model, max_tokens, temperature, top_p, seed, keep_loops, concurrency)
+    settings = AnswerSettings(
+        model,
+        max_tokens,
+        temperature,
+        top_p,
+        seed,
+        keep_loops,
+        concurrency,
+        _json_object(template_kwargs),
+    )
     answerer = (
         Server(server, settings, os.environ.get("OPENAI_API_KEY", ""))
         if server
@@ -126,6 +139,18 @@ def regenerate(
     )
     if outcome.failed:
         raise typer.Exit(1)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    import json
+
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise typer.BadParameter(f"{text!r}; allowed: a JSON object")
+    return value
 
 
 def _options(overrides: list[str] | None, strict: bool) -> list[str]:

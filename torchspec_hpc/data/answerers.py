@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from torchspec_hpc.data.loops import WINDOW_TOKENS, is_loop
@@ -34,6 +34,7 @@ class AnswerSettings:
         seed: Of every request; no effect when greedy.
         keep_loops: Keep answers that run in circles.
         concurrency: Requests in flight.
+        chat_template_kwargs: Variables of the chat template, e.g. ``enable_thinking``.
     """
 
     model: str
@@ -43,6 +44,7 @@ class AnswerSettings:
     seed: int = 0
     keep_loops: bool = False
     concurrency: int = 128
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def provenance(self) -> dict[str, Any]:
         """What the answers depend on."""
@@ -94,7 +96,11 @@ class OfflineEngine:
 
         settings = self._settings
         ids = self._tokenizer.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=True, return_dict=False
+            messages,
+            tools=tools,
+            add_generation_prompt=True,
+            return_dict=False,
+            **settings.chat_template_kwargs,
         )
         if len(ids) + settings.max_tokens > self._engine.model_config.max_model_len:
             return False
@@ -184,6 +190,8 @@ class Server:
         """Asks; a prompt without room comes back as an error of the server."""
         body: dict[str, Any] = self._settings.provenance() | {"messages": list(messages)}
         del body["keep_loops"]
+        if not body["chat_template_kwargs"]:  # vLLM and SGLang know them, others may not
+            del body["chat_template_kwargs"]
         body |= {"tools": tools} if tools else {}
         self._pool.submit(self._ask, request, body)
         return True

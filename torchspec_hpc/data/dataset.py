@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,8 @@ __all__ = ["TokenDataset", "prepare_dataset"]
 logger = logging.getLogger(__name__)
 
 _PROGRESS_S = 15.0
-#: Shards below which starting processes takes longer than they save.
-_WORTH_PROCESSES = 3
+#: Fewer shards are made here: starting processes would take longer than they save.
+_WORTH_PROCESSES = 8
 
 
 def prepare_dataset(
@@ -96,7 +97,7 @@ def prepare_dataset(
     )
     folder = cache_dir / key
     if not (folder / INDEX).is_file():
-        _prepare(Preparation(files, dataset, model, max_seq_length, folder), encoder)
+        _prepare(replace(job, folder=folder), encoder)
         if [signature(file) for file in files] != before:
             shutil.rmtree(folder)
             raise DataError(

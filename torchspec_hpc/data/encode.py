@@ -83,27 +83,29 @@ class Item(NamedTuple):
 
 def encode_chunk(job: Preparation, encoder: ChatEncoder, chunk: Chunk) -> int:
     """Writes the shard of some rows; returns their number."""
-    rejected: list[Rejection] = []
+    rejected: list[tuple[int, int, str]] = []  # file, line, reason
     samples = []
     for item, tokens in _tokenized(_items(job, encoder, chunk, rejected), encoder):
         encoded = _sample(job, item, tokens)
         if isinstance(encoded, str):
-            rejected.append(Rejection(str(job.files[item.file]), item.line, encoded))
+            rejected.append((item.file, item.line, encoded))
         else:
             samples.append(encoded)
-    rejected.sort(key=lambda r: (job.files.index(Path(r.file)), r.line))
-    write_shard(shard_path(job.folder, chunk.number), samples, rejected, len(chunk.rows))
+    rejections = [
+        Rejection(str(job.files[file]), line, reason) for file, line, reason in sorted(rejected)
+    ]
+    write_shard(shard_path(job.folder, chunk.number), samples, rejections, len(chunk.rows))
     return len(chunk.rows)
 
 
 def _items(
-    job: Preparation, encoder: ChatEncoder, chunk: Chunk, rejected: list[Rejection]
+    job: Preparation, encoder: ChatEncoder, chunk: Chunk, rejected: list[tuple[int, int, str]]
 ) -> Iterator[Item]:
     for file, row in chunk.rows:
         try:
             yield _item(job, encoder, file, row)
         except BadRow as error:  # noqa: PERF203
-            rejected.append(Rejection(str(job.files[file]), row.line, str(error)))
+            rejected.append((file, row.line, str(error)))
 
 
 def _item(job: Preparation, encoder: ChatEncoder, file: int, row: Row) -> Item:

@@ -100,9 +100,10 @@ class DatasetReport:
 
     def summary(self) -> str:
         """One line for the log."""
+        text = f" ({self.num_text} of them text without turns)" * bool(self.num_text)
         changed = f", {self.changed_answers} earlier answers left out" * bool(self.changed_answers)
         return (
-            f"{self.num_samples} samples of {self.num_rows} rows "
+            f"{self.num_samples} samples{text} of {self.num_rows} rows "
             f"({self.num_rejected} rejected, {self.truncated} truncated{changed}), "
             f"{self.num_tokens} tokens, {self.num_supervised} supervised; {self.loss_mask}"
         )
