@@ -69,8 +69,9 @@ def inspect(
     dataset = TokenDataset(Path(source)) if is_prepared else _prepare(settings, source)
     console = Console(highlight=False)
     _print_samples(console, settings, dataset, samples, seed, max_tokens)
-    console.print(_lengths_table(_summarize(settings, dataset, tokens_per_s)))
-    console.print(_figures_table(dataset, _summarize(settings, dataset, tokens_per_s)))
+    summary = _summarize(settings, dataset, tokens_per_s)
+    console.print(_lengths_table(summary))
+    console.print(_figures_table(dataset, summary))
     if dataset.report.rejected:
         console.print(_rejected_table(dataset.report))
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchspec_hpc.config.dataset_schema import ParserName
 from torchspec_hpc.data.conversations import Conversation
-from torchspec_hpc.data.forms import as_wanted, pieces_of, require_shown
+from torchspec_hpc.data.forms import as_wanted, pieces_of, refuse_marks, require_shown
 from torchspec_hpc.data.messages import Message, texts_of
 from torchspec_hpc.data.parsers import parse_answers
 from torchspec_hpc.data.probe import PROBE, answer_form
@@ -93,10 +93,9 @@ class ChatTemplate:
             BadRow: The template refuses the conversation, leaves something out, or shows the last
                 answer otherwise than it was generated.
         """
-        messages, tools = (
-            [as_wanted(m, self.form) for m in conversation.messages],
-            conversation.tools,
-        )
+        tools = conversation.tools
+        messages = [as_wanted(message, self.form) for message in conversation.messages]
+        refuse_marks(messages, self.form.end_of_turn)
         if self.parser or self.has_blocks:
             rendered = self._render_marked(messages, tools, last_turn_only)
         else:
@@ -226,9 +225,6 @@ class ChatTemplate:
         """
         answer, form = messages[turn], self.form
         start = self._start(prompt, shown)
-        pieces = list(pieces_of(answer))
-        if form.end_of_turn and any(form.end_of_turn in piece for piece in pieces):
-            raise BadRow(f"text holds an end of turn: {form.end_of_turn} in turn {turn + 1}")
         if start is None:
             return None
         content_start = start + (len(form.lead) if form.lead.strip() else 0)
@@ -243,7 +239,7 @@ class ChatTemplate:
             start = content_start
         end = self._end(shown, start)
         said = shown[start:end]
-        return (start, end) if end and all(piece.strip() in said for piece in pieces) else None
+        return (start, end) if end and all(p.strip() in said for p in pieces_of(answer)) else None
 
     def _start(self, prompt: str, shown: str) -> int | None:
         """Where the prompt of a turn ends in what is shown."""

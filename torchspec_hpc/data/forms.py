@@ -62,6 +62,18 @@ def pieces_of(answer: Message) -> Iterator[str]:
     yield from (call["function"]["name"] for call in answer.get("tool_calls", ()))
 
 
+def refuse_marks(messages: list[Message], end_of_turn: str) -> None:
+    """An answer that holds the mark of its end would be cut there.
+
+    Raises:
+        BadRow: One does.
+    """
+    for number, message in enumerate(messages, start=1):
+        pieces = pieces_of(message) if message["role"] == "assistant" and end_of_turn else ()
+        if any(end_of_turn in piece for piece in pieces):
+            raise BadRow(f"text holds an end of turn: {end_of_turn} in turn {number}")
+
+
 def require_shown(messages: list[Message], tools: Tools, text: str) -> None:
     """Training on a conversation that lacks something would be training on another one.
 
