@@ -19,7 +19,7 @@ from torchspec_hpc.data import dataset as dataset_module
 from torchspec_hpc.data import encode
 from torchspec_hpc.data.dataset import TokenDataset, prepare_dataset
 from torchspec_hpc.data.report import DatasetReport, Rejection
-from torchspec_hpc.errors import DataError
+from torchspec_hpc.errors import ConfigError, DataError
 from torchspec_hpc.target.tokenizer import load_tokenizer
 
 GOOD = conversations(20)
@@ -166,7 +166,7 @@ def test_the_cache_is_keyed_by_all_that_counts(tmp_path: Path, model: ModelConfi
 
 def test_an_unwritable_cache(tmp_path: Path, model: ModelConfig) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", GOOD)
-    with pytest.raises(DataError, match="cannot write the cache directory") as error:
+    with pytest.raises(ConfigError, match="cannot write the cache directory") as error:
         prepare(path, model, path / "cache")  # a file is in the way; root may write anywhere else
     assert "cache_dir" in str(error.value)
 

@@ -46,7 +46,7 @@ from torchspec_hpc.data.shards import (
     write_index,
 )
 from torchspec_hpc.data.sources import dataset_key, files_of, signature
-from torchspec_hpc.errors import DataError
+from torchspec_hpc.errors import ConfigError, DataError
 
 __all__ = ["TokenDataset", "prepare_dataset"]
 
@@ -77,7 +77,7 @@ def prepare_dataset(
         cache_dir: Prepared data go to a directory in it.
 
     Raises:
-        ConfigError: No usable tokenizer or chat template.
+        ConfigError: No usable tokenizer or chat template, or the cache cannot be written.
         DataError: The data are unusable, have too many bad rows, or no good one.
     """
     files = files_of(str(path))
@@ -114,7 +114,7 @@ def _prepare(job: Preparation, encoder: ChatEncoder) -> None:
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(
+        raise ConfigError(
             f"cannot write the cache directory {job.folder.parent}: {error.strerror}",
             hint="set cache_dir to a directory on a disk that every node can write",
         ) from error

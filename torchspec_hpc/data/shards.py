@@ -27,7 +27,7 @@ from safetensors.numpy import save
 
 from torchspec_hpc.data.report import DatasetReport, Rejection
 from torchspec_hpc.data.sample import Sample
-from torchspec_hpc.errors import DataError
+from torchspec_hpc.errors import ConfigError, DataError
 
 #: Part of every key. Count up when the same input gives other samples than before.
 FORMAT_VERSION = 2
@@ -92,7 +92,7 @@ def _write(path: Path, tensors: dict[str, NDArray[Any]], metadata: dict[str, str
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise DataError(
+        raise ConfigError(
             f"cannot write {path}: {error.strerror}",
             hint="set cache_dir to a directory on a disk that every node can write",
         ) from error
