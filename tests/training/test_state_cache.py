@@ -72,6 +72,16 @@ def test_what_killed_writers_left_behind_is_removed(tiny_target: Path, tmp_path:
     assert fresh.exists()
 
 
+def test_what_is_there_is_not_replaced(tiny_target: Path, tmp_path: Path):
+    """On NFS that would end a process that has it mapped."""
+    kept = cache(tiny_target, tmp_path)
+    kept.write(sample(1), states(0, 1))
+    (file,) = kept.folder.glob("*/*")
+    inode = file.stat().st_ino
+    kept.write(sample(1), states(0, 1))
+    assert file.stat().st_ino == inode
+
+
 def test_two_writers_of_one_sample_do_not_meet(tiny_target: Path, tmp_path: Path):
     kept = cache(tiny_target, tmp_path)
     expected = states(0, 2000)
@@ -113,7 +123,8 @@ def test_a_damaged_or_foreign_file_is_not_used(
     else:
         file.write_bytes(b"states")
     assert kept.read(sample(1, 2, 3)) is None
-    assert str(file) in caplog.text
+    assert f"{file} is damaged and removed" in caplog.text
+    assert not kept.holds(sample(1, 2, 3))
     kept.write(sample(1, 2, 3), states(0, 3))
     assert torch.equal(kept.read(sample(1, 2, 3)), states(0, 3))
 

@@ -7,11 +7,12 @@ Layout of ``inference.cache_dir``, or of ``<cache_dir>/hidden_states`` without i
 
 A name is a digest of token ids.  States follow from the token ids and from what is in the key,
 so files are shared by all data, runs and numbers of ranks.  Each is written whole or not at all;
-writers do not know of each other, and whoever is last replaces a file by its like.
+writers do not know of each other, and whoever is first counts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -72,6 +73,8 @@ class StateCache:
         self.folder = root / digest[:32]
         self.token_bytes = token_bytes(config, spec, aux_layers, device_type)
         self._is_writable = True
+        if (self.folder / _ABOUT).is_file():
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomic(self.folder / _ABOUT, self._about)
@@ -104,19 +107,23 @@ class StateCache:
                 labels, states = opened.metadata(), opened.get_tensor(_STATES)
         except FileNotFoundError:
             return None
-        except (OSError, SafetensorError) as error:
-            logger.warning("%s is damaged: %s", file, error)
+        except OSError as error:
+            logger.warning("cannot read %s: %s", file, error)
+            return None
+        except SafetensorError as error:
+            _remove_damaged(file, str(error))
             return None
         if labels != _labels(token_ids, states):
-            logger.warning("%s is not what it was written as", file)
+            _remove_damaged(file, "it is not what it was written as")
             return None
         return states  # type: ignore[no-any-return]
 
     def write(self, token_ids: NDArray[np.int32], states: Tensor) -> None:
         """Keeps the hidden states [T, A+1, H] of token ids [T], unless the disk is full."""
-        if not self._is_writable:
-            return
         file = self._file(token_ids)
+        # on NFS, to replace a file pulls the pages from under whoever has it mapped elsewhere
+        if not self._is_writable or file.is_file():
+            return
         name = f".{file.name}.{os.uname().nodename}.{os.getpid()}.{time.monotonic_ns()}"
         temporary = file.with_name(name)
         try:
@@ -205,6 +212,12 @@ def _labels(token_ids: NDArray[np.int32], states: Tensor) -> dict[str, str]:
     """What a file says of itself, and must be true of what is read from it."""
     content = states.contiguous().view(torch.uint8).numpy().data
     return {"tokens": name_of(token_ids), "crc32": f"{zlib.crc32(content):08x}"}
+
+
+def _remove_damaged(file: Path, reason: str) -> None:
+    logger.warning("%s is damaged and removed: %s", file, reason)
+    with contextlib.suppress(OSError):  # a cache that this user may only read
+        file.unlink()
 
 
 def _remove_if_left_behind(file: Path) -> None:
