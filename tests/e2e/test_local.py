@@ -37,6 +37,17 @@ def test_run_trains_exports_and_leaves_nothing_behind(
     assert config["draft_vocab_size"] == 256
     assert config["eagle_aux_hidden_state_layer_ids"] == [1, 2, 3]
 
+    further = config_file(
+        cluster="local",
+        run_name="further",
+        model={"initial_draft": str(run / "export" / "step_12")},
+        training={"num_train_steps": 1},
+    )
+    assert torchspec_hpc("run", further).returncode == 0
+    [(step, loss)] = losses(tmp_path / "runs" / "further").items()
+    assert step == 1
+    assert loss < losses(run)[2], "it begins where the other draft ended"
+
 
 def test_a_run_on_ipv6_addresses(config_file: ConfigWriter, tmp_path: Path) -> None:
     """Services, torchrun's rendezvous and the store's segments, all on one."""
