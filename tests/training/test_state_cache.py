@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -161,6 +162,20 @@ def test_a_cache_that_cannot_be_made_is_the_users_error(tiny_target: Path, tmp_p
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(ConfigError, match="cannot write the cache directory"):
         cache(tiny_target, tmp_path)
+
+
+def test_a_disk_that_fills_up_leaves_no_half_file(
+    tiny_target: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    kept = cache(tiny_target, tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        kept.write(sample(1), states(0, 1000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "cannot write" in caplog.text
+    assert not list(kept.folder.glob("*/*"))
 
 
 def test_a_full_disk_is_said_once_and_harms_nothing(
