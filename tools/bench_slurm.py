@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -49,14 +50,17 @@ def held_config(folder: Path, name: str) -> Path:
     return path
 
 
-def command_times(cluster: Cluster, folder: Path, label: str, repeats: int) -> dict[str, float]:
-    """Least seconds of each command: the machine is shared."""
-    times: dict[str, list[float]] = {}
+def command_times(
+    cluster: Cluster, folder: Path, label: str, repeats: int
+) -> dict[str, tuple[float, float]]:
+    """Wall and CPU seconds of each command, the least of all repeats: the machine is shared."""
+    times: dict[str, list[tuple[float, float]]] = {}
 
     def timed(name: str, *argv: str | Path) -> str:
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), children_cpu_s()
         said = torchspec_hpc(cluster, *argv)
-        times.setdefault(name, []).append(time.perf_counter() - start)
+        wall_s = time.perf_counter() - start
+        times.setdefault(name, []).append((wall_s, children_cpu_s() - cpu))
         return said
 
     for i in range(repeats):
@@ -72,7 +76,16 @@ def command_times(cluster: Cluster, folder: Path, label: str, repeats: int) -> d
         timed("cancel", "cancel", run)
         timed("resume", "resume", run)
         torchspec_hpc(cluster, "cancel", run, "--now")
-    return {name: min(values) for name, values in times.items()}
+    return {
+        name: (min(wall for wall, _ in values), min(cpu for _, cpu in values))
+        for name, values in times.items()
+    }
+
+
+def children_cpu_s() -> float:
+    """CPU time of all commands so far."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def make_log(run: Path) -> Path:
@@ -146,9 +159,11 @@ def main() -> None:
         empty = command_times(cluster, folder, "empty", options.repeats)
         with many_jobs(cluster, options.pending):
             full = command_times(cluster, folder, "full", options.repeats)
-        print(f"| command | empty queue, s | {options.pending} waiting jobs, s |\n|---|---|---|")
-        for command, seconds in empty.items():
-            print(f"| `{command}` | {seconds:.2f} | {full[command]:.2f} |")
+        print(f"| command | empty queue, s (CPU) | {options.pending} waiting jobs, s (CPU) |")
+        print("|---|---|---|")
+        for command, (wall, cpu) in empty.items():
+            full_wall, full_cpu = full[command]
+            print(f"| `{command}` | {wall:.2f} ({cpu:.2f}) | {full_wall:.2f} ({full_cpu:.2f}) |")
         print("\n| event | s |\n|---|---|")
         for event, seconds in life_times(cluster, folder).items():
             print(f"| {event} | {seconds:.1f} |")

@@ -24,6 +24,7 @@ from torchspec_hpc.slurm.prepare import (
     prepare_run,
 )
 from torchspec_hpc.slurm.record import RunRecord
+from torchspec_hpc.slurm.render import render_script
 from torchspec_hpc.slurm.scheduler import count_nodes, find_jobs, job_info
 from torchspec_hpc.slurm.submit import submit
 
@@ -46,8 +47,7 @@ def test_submit_resume_and_refusals(login_node: Cluster, tmp_path: Path) -> None
     assert find_jobs(comment=run.run_id) == [job_id]
     assert job_info(job_id).state == "PENDING"
     assert submitted.earliest_start is not None
-    script = (run.attempt_dir(0) / "job.sbatch").read_text()
-    assert script.endswith(f"-u -m torchspec_hpc.slurm.supervisor --run-dir {run.root}\n")
+    assert run.script(0).read_text() == render_script(_held(tmp_path), run)
 
     with pytest.raises(UserError, match=r"small exists\n  next:.*--resume"):
         submit(_held(tmp_path))
@@ -127,6 +127,8 @@ def test_prepare_run(tmp_path: Path) -> None:
     (start,) = json.loads(run.provenance.read_text())["starts"]
     assert start["versions"]["torchspec_hpc"] == torchspec_hpc.__version__
     assert start["argv"] == sys.argv
+    data = Path(config.dataset.train_data_path).stat()
+    assert list(start["data"].values()) == [{"bytes": data.st_size, "modified": data.st_mtime}]
     assert run.job.is_dir()
 
     with pytest.raises(UserError, match="exists"):

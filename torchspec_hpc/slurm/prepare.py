@@ -70,7 +70,8 @@ def prepare_run(config: Config, *, resume: bool = False, job: str | None = None)
     run.cancelled.unlink(missing_ok=True)
     save_config(config, run.config)
     create_secret(run)
-    write_atomic(run.provenance, {"starts": [*_earlier_starts(run), provenance()]})
+    start = {**provenance(), "data": _data_files(config)}
+    write_atomic(run.provenance, {"starts": [*_earlier_starts(run), start]})
     RunRecord(run.run_id, config.cluster, job_id=job).write(run)
     return run
 
@@ -124,6 +125,14 @@ def header_settings(slurm: SlurmConfig) -> list[str]:
         for key in group
         if key not in _READ_IN_THE_JOB
     ]
+
+
+def _data_files(config: Config) -> dict[str, dict[str, float]]:
+    """Size and time of the data files, by which a later look tells whether they are the same."""
+    paths = (config.dataset.train_data_path, config.dataset.eval_data_path)
+    files = [Path(path) for path in paths if path and Path(path).exists()]
+    stats = {str(path): path.stat() for path in files}
+    return {path: {"bytes": s.st_size, "modified": s.st_mtime} for path, s in stats.items()}
 
 
 def _earlier_starts(run: RunDir) -> list[object]:
