@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.slurm.cluster import Cluster
-from torchspec_hpc.slurm.job_info import GONE, JobInfo, parse_sacct
+from torchspec_hpc.slurm.env import parse_addresses
+from torchspec_hpc.slurm.job_info import GONE, JobInfo, parse_sacct, parse_squeue
 from torchspec_hpc.slurm.scheduler import job_infos
 
 #: As sacct printed it on a cluster with slurmdbd: het jobs are J+0, J+1.
@@ -26,6 +29,33 @@ def test_reads_sacct() -> None:
     assert infos["16"].exit_code == 85
     assert not infos["18"].ended
     assert sorted(infos) == ["12", "14", "16", "18"]
+
+
+RECORDED = Path(__file__).parent / "recorded"
+VERSIONS = sorted(path.stem.removeprefix("squeue_") for path in RECORDED.glob("squeue_*.txt"))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_reads_squeue(version: str) -> None:
+    """As ``squeue -O`` printed it on a real cluster, all jobs."""
+    text = (RECORDED / f"squeue_{version}.txt").read_text()
+    infos = parse_squeue(text, ["1", "3", "4", "5", "6", "7", "99"], whole_queue=True)
+    assert {job_id: info.state for job_id, info in infos.items()} == {
+        "1": "PENDING", "3": "PENDING", "4": "CANCELLED", "5": "FAILED", "6": "RUNNING",
+        "7": "COMPLETED",
+    }  # fmt: skip
+    assert (infos["5"].exit_code, infos["7"].exit_code, infos["6"].exit_code) == (85, 0, None)
+    # the het job is held, its other component waits in another partition
+    assert (infos["3"].position, infos["1"].position, infos["6"].position) == (1, 2, None)
+    assert (infos["1"].reason, infos["1"].start) == ("JobHeldUser", "")
+    assert infos["6"].time_left.startswith("9:5")
+    assert infos["4"].nodes == "infer0"
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_reads_node_addresses(version: str) -> None:
+    text = (RECORDED / f"scontrol_node_{version}.txt").read_text()
+    assert parse_addresses(text) == {"infer0": "127.0.1.1", "train1": "127.0.1.4"}
 
 
 @pytest.mark.slurm

@@ -203,3 +203,12 @@ def end(run: Run, name: str) -> None:
         words = path.read_text().split("\0")
         if any(name in word for word in words) and port in words and "--" not in words:
             os.kill(int(path.parent.name), signal.SIGKILL)
+
+
+def test_a_cancelled_run_is_not_started(tmp_path: Path) -> None:
+    """It was cancelled between the job's start and ours."""
+    run = make_run(tmp_path / "r", Plan())
+    run.dir.cancelled.touch()
+    assert run.supervise() == 2
+    assert "was cancelled\n  next:    to go on with it: torchspec-hpc resume" in run.log
+    assert not run.dir.metrics.exists()

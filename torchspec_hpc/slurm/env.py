@@ -138,7 +138,7 @@ def node_addresses(nodes: Iterable[str]) -> dict[str, str]:
             "there is no scontrol on this node: addresses are what node names resolve to"
         )
         return {node: _resolve(node) for node in wanted}
-    found = dict(re.findall(r"^NodeName=(\S+) .*?\bNodeAddr=(\S+)", done.stdout, re.MULTILINE))
+    found = parse_addresses(done.stdout)
     if missing := sorted(set(wanted) - set(found)):
         said = [line for line in done.stdout.splitlines() if not line.startswith("NodeName=")]
         raise SlurmEnvironmentError(
@@ -146,6 +146,11 @@ def node_addresses(nodes: Iterable[str]) -> dict[str, str]:
             + "; ".join([*said, *done.stderr.splitlines()])
         )
     return {node: found[node] for node in wanted}
+
+
+def parse_addresses(output: str) -> dict[str, str]:
+    """Node name -> address of what ``scontrol show node --oneliner`` prints."""
+    return dict(re.findall(r"^NodeName=(\S+) .*?\bNodeAddr=(\S+)", output, re.MULTILINE))
 
 
 def _resolve(node: str) -> str:

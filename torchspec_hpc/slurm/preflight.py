@@ -39,6 +39,8 @@ def preflight(config: Config, *, wait_s: int = 120) -> Iterator[tuple[str, Check
         return
     groups = {"inference": inference_group(config), "training": training_group(config)}
     for name, group in groups.items():
+        if not group.num_nodes:  # states from disk need no engine
+            continue
         engine = config.inference.engine if name == "inference" else ""
         yield from ((name, check) for check in _on_a_node(config, group, engine, wait_s))
 

@@ -1,12 +1,17 @@
-"""Whether a run goes on after an attempt: the whole policy, without side effects."""
+"""How an attempt ended, and whether the run goes on: the whole policy."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from torchspec_hpc.config.rundir import RunDir, write_atomic
 from torchspec_hpc.errors import EXIT_DONE, EXIT_REQUEUE, EXIT_USER_ERROR
 from torchspec_hpc.slurm.attempts import Attempt
+
+logger = logging.getLogger(__name__)
 
 #: Attempts in a row without a new checkpoint.  One or two happen: preempted while the engine
 #: loads, or a step that Slurm could not launch on a node that had just come back.
@@ -82,3 +87,12 @@ def decide(ending: Ending, history: Sequence[Attempt], rules: Rules) -> Verdict:
     if len(recent) == MAX_IDLE_ATTEMPTS and not any(a.made_progress for a in recent):
         return Verdict(False, f"{MAX_IDLE_ATTEMPTS} attempts in a row made no checkpoint")
     return Verdict(True, f"from step {last.first_step} on, without progress so far")
+
+
+def record_ending(run: RunDir, ending: Ending, details: Mapping[str, Any]) -> None:
+    """Writes ``control/exit_codes.json``; a full disk must not hide how it ended."""
+    known = {"exit_code": ending.exit_code, "message": ending.message}
+    try:
+        write_atomic(run.exit_codes, {**known, **details})
+    except OSError as error:
+        logger.error("cannot write %s: %s", run.exit_codes, error)

@@ -28,17 +28,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torchspec_hpc.config.endpoints import Endpoints, create_secret
 from torchspec_hpc.config.load import load_config
-from torchspec_hpc.config.rundir import RunDir, write_atomic
+from torchspec_hpc.config.rundir import RunDir
 from torchspec_hpc.config.schema import Config
 from torchspec_hpc.errors import (
     EXIT_CRASH,
     EXIT_DONE,
     EXIT_REQUEUE,
     TorchspecError,
+    UserError,
     exit_code_of,
 )
 from torchspec_hpc.observe.logs import setup_logging
@@ -46,7 +46,7 @@ from torchspec_hpc.slurm.attempts import Attempt, History
 from torchspec_hpc.slurm.failures import clear_failures
 from torchspec_hpc.slurm.job import JobFate
 from torchspec_hpc.slurm.lock import RunLocked, run_lock
-from torchspec_hpc.slurm.requeue import Ending, Rules, Verdict, decide
+from torchspec_hpc.slurm.requeue import Ending, Rules, Verdict, decide, record_ending
 from torchspec_hpc.slurm.services import Services
 from torchspec_hpc.slurm.signals import SignalInbox
 from torchspec_hpc.slurm.srun import SlurmLauncher
@@ -88,13 +88,19 @@ class Supervisor:
 
         Raises:
             RunLocked: Another attempt writes to this directory.
-            UserError: The run directory cannot be written or holds a broken history.
+            UserError: The run was cancelled, or its directory cannot be written or holds a
+                broken history.
         """
         self._run.create()
         with self._inbox, run_lock(self._run, self._launcher.job_id):
             if self._run.done.exists():
                 logger.info("the run %s is complete", self._run.root)
                 return EXIT_DONE
+            if self._run.cancelled.exists():  # while this job was about to start
+                raise UserError(
+                    f"the run {self._run.root} was cancelled",
+                    hint=f"to go on with it: torchspec-hpc resume {self._run.root}",
+                )
             self._history = History(self._run)
             attempt = self._history.begin(self._launcher.job_id)
             setup_logging(ROLE, 0, self._run, attempt.number)
@@ -221,7 +227,7 @@ class Supervisor:
         self._end_history(ending)
         verdict = self._verdict(ending)
         content = {"attempt": attempt.number, "reason": verdict.reason, "codes": self._codes}
-        _record(self._run, ending, content)
+        record_ending(self._run, ending, content)
         if verdict.requeue:
             logger.info("requeue: %s", verdict.reason)
             self._requeue()
@@ -261,14 +267,6 @@ class Supervisor:
             self._requeued = True
 
 
-def _record(run: RunDir, ending: Ending, content: dict[str, Any]) -> None:
-    known = {"exit_code": ending.exit_code, "message": ending.message}
-    try:
-        write_atomic(run.exit_codes, {**known, **content})
-    except OSError as error:  # a full disk must not hide how it ended
-        logger.error("cannot write %s: %s", run.exit_codes, error)
-
-
 def _ending(error: TorchspecError) -> Ending:
     return Ending(exit_code_of(error), str(error))
 
@@ -283,7 +281,7 @@ def supervise(run: RunDir, launch: Callable[[Config], Launcher]) -> int:
         sys.stderr.write(f"error: {ending.message}\n")
         # what is there belongs to the attempt that holds the lock
         if run.control.is_dir() and not isinstance(error, RunLocked):
-            _record(run, ending, {})
+            record_ending(run, ending, {})
         return ending.exit_code
 
 

@@ -19,6 +19,7 @@ from torchspec_hpc.config.schema import Config
 from torchspec_hpc.errors import ConfigError, UserError
 from torchspec_hpc.slurm.prepare import run_directory
 from torchspec_hpc.slurm.record import RunRecord, open_jobs
+from torchspec_hpc.slurm.scheduler import job_info
 from torchspec_hpc.slurm.status import RunStatus, read_status
 from torchspec_hpc.slurm.submit import submit
 
@@ -82,8 +83,7 @@ def submit_sweep(
     jobs: list[str] = []
     for trial, config in zip(trials, configs, strict=True):
         run = run_directory(config)
-        after = jobs[-in_flight] if len(jobs) >= in_flight else None
-        jobs.append(_job_of(run) or submit(config, resume=_is_there(run), after=after).job_id)
+        jobs.append(_job_of(run) or _submit(config, jobs[-in_flight:], in_flight))
         yield trial, jobs[-1]
 
 
@@ -100,6 +100,13 @@ def read_sweep(folder: Path) -> list[tuple[Trial, RunStatus | None]]:
     runs = [RunDir(folder / trial.name) for trial in trials]
     found = {s.run: s for s in read_status(run for run in runs if _is_there(run))}
     return [(t, found.get(str(run.root))) for t, run in zip(trials, runs, strict=True)]
+
+
+def _submit(config: Config, before: Sequence[str], in_flight: int) -> str:
+    """Submits one run, after the first of so many before it."""
+    after = before[0] if len(before) == in_flight and not job_info(before[0]).ended else None
+    resume = _is_there(run_directory(config))
+    return submit(config, resume=resume, after=after).job_id
 
 
 def _config(path: Path, overrides: Sequence[str], folder: Path, trial: Trial) -> Config:
