@@ -38,7 +38,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--max-words", type=int, help="cut every text; default: whole texts")
+    parser.add_argument(
+        "--tokenized", action="store_true", help="rows of 16 token ids instead: the way of the data"
+    )
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--datasets", action="store_true", help="time Hugging Face datasets, too")
     parser.add_argument("--output", type=Path, help="keep what is made; default: a temporary place")
@@ -46,7 +48,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     folder = args.output or Path(tempfile.mkdtemp(prefix="bench_data"))
     folder.mkdir(parents=True, exist_ok=True)
-    path = write_rows(folder / f"rows_{args.rows}.jsonl", args.rows, args.max_words)
+    path = write_rows(folder / f"rows_{args.rows}.jsonl", args.rows, args.tokenized)
     bench_prepare(path, folder / "cache", args.workers)
     if args.datasets:
         bench_datasets(path, folder / "datasets", args.workers)
@@ -54,11 +56,11 @@ def main() -> None:
         shutil.rmtree(folder)
 
 
-def write_rows(path: Path, num: int, max_words: int | None) -> Path:
+def write_rows(path: Path, num: int, tokenized: bool) -> Path:
     """The demo's conversations until there are so many."""
     rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
-    for message in (message for row in rows for message in row["messages"]):
-        message["content"] = " ".join(message["content"].split(" ")[:max_words])
+    if tokenized:
+        rows = [{"input_ids": list(range(16)), "loss_mask": [0] * 8 + [1] * 8}]
     with path.open("w", encoding="utf-8") as file:
         for i, row in enumerate(islice(cycle(rows), num)):
             file.write(json.dumps(row | {"id": f"row-{i}"}) + "\n")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchspec_hpc.config.dataset_schema import ParserName
 from torchspec_hpc.data.conversations import Conversation
-from torchspec_hpc.data.forms import as_wanted, pieces_of, refuse_marks, require_shown
+from torchspec_hpc.data.forms import as_wanted, is_plain, pieces_of, refuse_marks, require_shown
 from torchspec_hpc.data.messages import Message, texts_of
 from torchspec_hpc.data.parsers import parse_answers
 from torchspec_hpc.data.probe import PROBE, answer_form
@@ -206,7 +206,10 @@ class ChatTemplate:
 
     def _earlier(self, messages: list[Message], turn: int, text: str, tools: Tools) -> Span | None:
         """An answer before the last one, if the whole conversation has it as it was generated."""
-        shown = self.template.text(messages[: turn + 1], tools)
+        # where text alone has to be found, there is no need to know where the answer would end
+        shown = (
+            text if is_plain(messages[turn]) else self.template.text(messages[: turn + 1], tools)
+        )
         prompt = self.template.text(messages[:turn], tools, prompt=True)
         span = self._answer(messages, turn, shown, prompt)
         return span if span and text.startswith(shown[: span[1]]) else None
@@ -228,7 +231,7 @@ class ChatTemplate:
         if start is None:
             return None
         content_start = start + (len(form.lead) if form.lead.strip() else 0)
-        if set(answer) == {"role", "content"} and isinstance(answer["content"], str):
+        if is_plain(answer):
             content = answer["content"]
             for said in (content, content.strip(), content.lstrip(), content.rstrip()):
                 whole = form.lead + said + form.end_of_turn

@@ -62,6 +62,11 @@ def pieces_of(answer: Message) -> Iterator[str]:
     yield from (call["function"]["name"] for call in answer.get("tool_calls", ()))
 
 
+def is_plain(answer: Message) -> bool:
+    """Whether an answer is its text and nothing else."""
+    return set(answer) == {"role", "content"} and isinstance(answer["content"], str)
+
+
 def refuse_marks(messages: list[Message], end_of_turn: str) -> None:
     """An answer that holds the mark of its end would be cut there.
 
