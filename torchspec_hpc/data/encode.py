@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -168,10 +170,19 @@ _worker: list[tuple[Preparation, ChatEncoder]] = []
 
 def start_worker(job: Preparation, log_level: int) -> None:
     """Makes a process ready for :func:`work`."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
     logging.basicConfig(level=log_level)
     logging.getLogger("torchspec_hpc.data").setLevel(logging.ERROR)  # the main process says it
     _worker.append((job, job.encoder()))
+
+
+def _end_with_parent() -> None:
+    """Workers of a process that was killed would wait for rows for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def work(chunk: Chunk) -> int:
