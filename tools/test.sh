@@ -39,6 +39,19 @@ if [ ! -d ".cache/vllm-$release" ]; then
   mv ".cache/vllm-$release.new" ".cache/vllm-$release"
 fi
 
+# SGLang's source, for tests/export/test_sglang.py; its wheels are for some Pythons only
+sglang=0.5.23
+if [ ! -d ".cache/sglang-$sglang" ]; then
+  say "source of SGLang $sglang"
+  if "$python" -m pip download --quiet --no-deps --only-binary=:all: -d .cache "sglang==$sglang"; then
+    "$python" -m zipfile -e .cache/sglang-"$sglang"-*.whl ".cache/sglang-$sglang.new"
+    mv ".cache/sglang-$sglang.new" ".cache/sglang-$sglang"
+    rm .cache/sglang-"$sglang"-*.whl
+  else
+    echo "no wheel of SGLang $sglang here: its tests will not run" >&2
+  fi
+fi
+
 say "ruff, mypy, shellcheck"
 "$python" -m ruff check .
 "$python" -m ruff format --check .

@@ -1,10 +1,7 @@
 """SGLang's own loader, taken out of its source, finds a place for every tensor that we write.
 
 SGLang itself needs a GPU. Its source is found where it is installed, or in the unpacked wheel that
-TORCHSPEC_SGLANG_SOURCE names:
-
-    pip download --no-deps sglang==0.5.23 -d wheel && unzip -d wheel wheel/*.whl
-    TORCHSPEC_SGLANG_SOURCE=wheel python -m pytest tests/export/test_sglang.py
+``tools/test.sh`` leaves in ``.cache/sglang-VERSION``.
 """
 
 from __future__ import annotations
@@ -12,7 +9,6 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
-import os
 import re
 import textwrap
 from collections.abc import Iterable
@@ -29,6 +25,7 @@ from torchspec_hpc.export.card import sglang_command
 from torchspec_hpc.export.checkpoint import DraftCheckpoint
 from torchspec_hpc.export.eagle3 import ExportOptions, export_draft
 
+ROOT = Path(__file__).parents[2]
 #: As sglang/srt/models/llama_eagle3.py names its modules; embed_tokens it takes from the target.
 LAYER = "model.layers.0."
 SHAPES = {
@@ -47,11 +44,11 @@ SHAPES = {
 
 @pytest.fixture
 def source() -> Path:
-    if named := os.environ.get("TORCHSPEC_SGLANG_SOURCE"):
-        return Path(named) / "sglang"
+    if unpacked := sorted((ROOT / ".cache").glob("sglang-*/sglang")):
+        return unpacked[-1]
     found = importlib.util.find_spec("sglang")
     if found is None or found.origin is None:
-        pytest.skip("SGLang is not installed, and TORCHSPEC_SGLANG_SOURCE names no source of it")
+        pytest.skip("no source of SGLang: run tools/test.sh once, or install it")
     return Path(found.origin).parent
 
 

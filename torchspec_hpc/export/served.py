@@ -145,6 +145,7 @@ class Engine:
             case: ``prompts``, ``max_tokens``, ``temperature``, ``concurrency``.
         """
         conversations = [Conversation(prompt, i) for i, prompt in enumerate(case["prompts"])]
+        self.llm.reset_prefix_cache()  # of the case before, which may have asked the same
         before, started = self._counters(), time.perf_counter()
         self._answer(conversations, case["max_tokens"], case["temperature"], case["concurrency"])
         seconds = time.perf_counter() - started
