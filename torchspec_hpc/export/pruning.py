@@ -54,7 +54,12 @@ class CountedData:
 def choose_vocabulary(
     data: CountedData, checkpoint: DraftCheckpoint, size: int
 ) -> NDArray[np.int64]:
-    """The `size` tokens that answers use most, and those that end them; ascending ids."""
+    """The `size` tokens that answers use most, and those that end them; ascending ids.
+
+    Raises:
+        UserError: The draft's vocabulary is not whole.
+    """
+    _require_whole(checkpoint)
     spec = TargetSpec.from_path(data.model.target_model_path)
     specials = [i for i in (spec.bos_token_id, *spec.eos_token_ids) if i is not None]
     vocab_size = checkpoint.meta.draft["config"]["vocab_size"]
@@ -71,12 +76,7 @@ def prune(checkpoint: DraftCheckpoint, kept_ids: NDArray[np.int64]) -> DraftChec
     Raises:
         UserError: Its head was pruned before training.
     """
-    if checkpoint.kept_ids is not None:
-        raise UserError(
-            f"the draft in {checkpoint.path} was trained with {len(checkpoint.kept_ids)} tokens",
-            allowed="pruning of drafts that were trained with model.draft_vocab_size: null",
-            hint="export it without --prune-vocab: it keeps the tokens it was trained with",
-        )
+    _require_whole(checkpoint)
     draft = dict(checkpoint.meta.draft)
     if len(kept_ids) == draft["config"]["vocab_size"]:
         return checkpoint
@@ -85,6 +85,15 @@ def prune(checkpoint: DraftCheckpoint, kept_ids: NDArray[np.int64]) -> DraftChec
     tensors = _Pruned(checkpoint.tensors, torch.from_numpy(kept_ids))
     meta = replace(checkpoint.meta, draft=draft)
     return replace(checkpoint, meta=meta, tensors=tensors, kept_ids=kept_ids)
+
+
+def _require_whole(checkpoint: DraftCheckpoint) -> None:
+    if checkpoint.kept_ids is not None:
+        raise UserError(
+            f"the draft in {checkpoint.path} was trained with {len(checkpoint.kept_ids)} tokens",
+            allowed="pruning of drafts that were trained with model.draft_vocab_size: null",
+            hint="export it without --prune-vocab: it keeps the tokens it was trained with",
+        )
 
 
 class _Pruned(Mapping[str, torch.Tensor]):

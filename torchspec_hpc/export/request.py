@@ -109,8 +109,8 @@ def counted_data(checkpoint: DraftCheckpoint, asked: DataRequest) -> pruning.Cou
     if run.config.is_file():
         config = load_config(run.config)
         dataset, model = config.dataset, config.model
-        max_seq_length, cache = config.training.max_seq_length, cache_dir(config)
-        max_seq_length, cache = asked.max_seq_length or max_seq_length, asked.cache_dir or cache
+        max_seq_length = asked.max_seq_length or config.training.max_seq_length
+        cache = asked.cache_dir or cache_dir(config)
     else:
         if asked.dataset_path is None or asked.max_seq_length is None or asked.cache_dir is None:
             raise UserError(
