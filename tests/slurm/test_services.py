@@ -14,6 +14,7 @@ from tests.helpers import free_port
 from torchspec_hpc.config.endpoints import split_endpoint
 from torchspec_hpc.config.transfer_schema import ControlConfig, MooncakeConfig
 from torchspec_hpc.errors import DeadlineExceeded, TorchspecError, UserError
+from torchspec_hpc.slurm import ports
 from torchspec_hpc.slurm.ports import require_bindable
 from torchspec_hpc.slurm.processes import Child, shepherded
 from torchspec_hpc.slurm.services import ControlStore, MooncakeMaster
@@ -99,6 +100,18 @@ def test_a_service_that_ends_shows_its_log(tmp_path: Path) -> None:
     control.start()
     with pytest.raises(TorchspecError, match=r"(?s)control store ended with 1.*no.such.module"):
         control.wait_ready(20, nothing)
+
+
+def test_two_servers_of_a_service_get_different_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = iter([50831, 50831, 50832])  # the kernel may name a port that nobody has taken again
+
+    class Probe(socket.socket):
+        def getsockname(self) -> tuple[str, int]:
+            return "127.0.0.1", next(given)
+
+    monkeypatch.setattr(socket, "socket", Probe)
+    port = ports.free_port("127.0.0.1")
+    assert ports.free_port("127.0.0.1", other_than=port) == 50832
 
 
 def test_ports_that_cannot_be_bound() -> None:

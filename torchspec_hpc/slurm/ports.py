@@ -35,11 +35,18 @@ def require_bindable(host: str, port: int, port_key: str) -> None:
         ) from error
 
 
-def free_port(host: str) -> int:
-    """A TCP port of an address of this node that was free a moment ago."""
+def free_port(host: str, other_than: int = 0) -> int:
+    """A TCP port of an address of this node that was free a moment ago.
+
+    Args:
+        host: The address.
+        other_than: A port that somebody is about to take.
+    """
     with socket.socket(_family(host)) as probe:
         probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+        port = int(probe.getsockname()[1])
+        # asked again while this one is held, so the answer is another
+        return free_port(host) if port == other_than else port
 
 
 def _family(host: str) -> socket.AddressFamily:

@@ -152,7 +152,7 @@ class MooncakeMaster(Service):
         self._ports = (0, 0)
 
     def _command(self, port: int) -> list[str]:
-        self._ports = (port, free_port(self._host))
+        self._ports = (port, free_port(self._host, other_than=port))
         return [
             _mooncake_program(self._runtime),
             f"--rpc_address={self._host}",
