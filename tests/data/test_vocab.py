@@ -47,7 +47,7 @@ def test_the_most_frequent_supervised_ids_ascending(data: Data) -> None:
     kept = draft_vocabulary(dataset, 10, 3, [])
     assert kept.tolist() == [5, 7, 9]
     assert kept.dtype == np.int64
-    assert coverage(dataset, 10, kept) == 1.0
+    assert coverage(count_supervised(dataset, 10), kept) == 1.0
 
 
 def test_ties_and_ids_never_said_go_to_the_lower_id(data: Data) -> None:
@@ -61,7 +61,7 @@ def test_special_ids_are_kept_however_rare(data: Data) -> None:
     dataset = data([3] * 6 + [4] * 3 + [9])
     kept = draft_vocabulary(dataset, 10, 3, [9, 8, 9])
     assert kept.tolist() == [3, 8, 9]
-    assert coverage(dataset, 10, kept) == 0.7
+    assert coverage(count_supervised(dataset, 10), kept) == 0.7
 
 
 def test_the_whole_vocabulary(data: Data) -> None:

@@ -47,14 +47,18 @@ def draft_vocabulary(
     rank = counts.copy()
     rank[special] = np.iinfo(np.int64).max
     kept = np.sort(np.argsort(-rank, kind="stable")[:draft_vocab_size])
-    share = counts[kept].sum() / counts.sum()
+    share = coverage(counts, kept)
     logger.info("draft vocabulary: %d ids cover %.2f %% of tokens", len(kept), 100 * share)
     return kept
 
 
-def coverage(dataset: TokenDataset, vocab_size: int, kept_ids: NDArray[np.int64]) -> float:
-    """Share of the supervised tokens that a draft head with these ids can say."""
-    counts = count_supervised(dataset, vocab_size)
+def coverage(counts: NDArray[np.int64], kept_ids: NDArray[np.int64]) -> float:
+    """Share of the supervised tokens that a draft head with these ids can say.
+
+    Args:
+        counts: ``[V]``, from :func:`count_supervised`.
+        kept_ids: ``[draft_vocab_size]``.
+    """
     return float(counts[kept_ids].sum() / counts.sum())
 
 
