@@ -117,12 +117,6 @@ class Delivery:
         future = self._threads.submit(self._deliver, destination, source, copied)
         future.add_done_callback(partial(self._done, source.nbytes))
 
-    def flush(self) -> None:
-        """Waits until everything submitted is delivered."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting_bytes == 0 or self._crash)
-        self._raise_crash()
-
     def close(self) -> None:
         """Closes both connections; a write that waits for room fails at its next try."""
         self._threads.shutdown(wait=False, cancel_futures=True)

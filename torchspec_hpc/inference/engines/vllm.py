@@ -62,9 +62,11 @@ class VllmEngine:
         # it warns, with a traceback, that there is no tokenizer to warm up
         logging.getLogger("vllm.renderers.base").setLevel(logging.ERROR)
         check_extra_args(inference, {field.name for field in dataclasses.fields(vllm.EngineArgs)})
-        self._group = EngineGroup(context.run, context.endpoints, context.placement)
-        session = self._group.lead() if context.placement.num_nodes > 1 else None
-        if session is not None:
+        self._group: EngineGroup | None = None
+        session = None
+        if context.placement.num_nodes > 1:
+            self._group = EngineGroup(context.run, context.endpoints, context.placement)
+            session = self._group.lead()
             self._group.watch(session)
         arguments = all_arguments(context, session)
         try:
@@ -112,7 +114,8 @@ class VllmEngine:
 
     def close(self) -> None:
         """See :class:`~torchspec_hpc.inference.engines.base.Engine`."""
-        self._group.leave()
+        if self._group is not None:
+            self._group.leave()
         self._engine.engine_core.shutdown()
 
     def _answer(self, request: Request, generation: Generation) -> None:
