@@ -33,8 +33,9 @@ from torchspec_hpc.config.endpoints import Endpoints, create_secret, read_secret
 from torchspec_hpc.slurm.local import LocalLauncher
 from torchspec_hpc.slurm.services import Services
 from torchspec_hpc.slurm.shepherd import descendants
+from torchspec_hpc.slurm.steps import Step
 from torchspec_hpc.transfer.control import ControlClient
-from torchspec_hpc.transfer.feed import HiddenStateFeed
+from torchspec_hpc.transfer.feed import GaveUp, HiddenStateFeed
 from torchspec_hpc.transfer.store import HiddenStateStore
 
 READY_S = 300.0
@@ -57,7 +58,10 @@ def main() -> None:
         config = make_config(options, Path(folder))
         save_config(config, run.config)
         with started(run, config) as scene:
-            soak(options, scene)
+            try:
+                soak(options, scene)
+            except GaveUp:
+                sys.exit(f"the engines have ended:\n{scene.engines.log_tail()}")
             left = wait_empty(scene.metrics)
     print(f"left in the store: {left}")
     sys.exit(bool(left["keys"]))
@@ -89,6 +93,7 @@ def make_config(options: argparse.Namespace, folder: Path) -> Config:
         "training": {"max_seq_length": options.max_tokens},
         "inference": {
             "engine": "hf",
+            "aux_hidden_states_layers": [1],
             "inference_num_gpus": options.engines,
             "inference_num_gpus_per_node": options.engines,
             "num_threads": 1,
@@ -105,10 +110,12 @@ class Scene:
 
     Attributes:
         feed: The trainer's.
+        engines: All of them.
         metrics: Address of the master's page.
     """
 
     feed: HiddenStateFeed
+    engines: Step
     metrics: str
 
 
@@ -137,7 +144,7 @@ def started(run: RunDir, config: Config) -> Iterator[Scene]:
         )
         feed = HiddenStateFeed(control, store, 0, config.control, endpoints.attempt_id)
         try:
-            yield Scene(feed, metrics_address())
+            yield Scene(feed, engines, metrics_address())
         finally:
             feed.close()
             engines.kill()
@@ -160,7 +167,7 @@ def soak(options: argparse.Namespace, scene: Scene) -> None:
             tokens = random.integers(0, 100, random.integers(1, options.max_tokens + 1))
             scene.feed.submit(str(num_sent), tokens.astype(np.int32))
             num_sent += 1
-        scene.feed.take(str(num_taken))
+        scene.feed.take(str(num_taken), give_up=lambda: scene.engines.poll() is not None)
         num_taken += 1
         if options.kill_every and now - killed > options.kill_every:
             engines = workers()["engines"]

@@ -24,7 +24,7 @@ from torchspec_hpc.config.endpoints import Endpoints
 from torchspec_hpc.config.load import load_config
 from torchspec_hpc.config.rundir import RunDir, write_atomic
 from torchspec_hpc.config.schema import Config
-from torchspec_hpc.errors import EXIT_DONE, DeadlineExceeded, TorchspecError, exit_code_of
+from torchspec_hpc.errors import EXIT_DONE, TorchspecError, exit_code_of
 from torchspec_hpc.observe.logs import setup_logging
 from torchspec_hpc.slurm.env import attempt, expand_nodelist, job_id, node_addresses
 from torchspec_hpc.slurm.job import Job
@@ -81,26 +81,25 @@ class JoiningJob:
     def serve(self) -> int:
         """Serves attempt after attempt and returns the exit code of this process."""
         with self._inbox:
-            while not self._run.done.exists():
-                try:
-                    endpoints = self._wait_for_attempt()
-                except DeadlineExceeded as error:
-                    logger.info("leaving: %s", error)
-                    return EXIT_DONE
+            while (endpoints := self._next_attempt()) is not None:
                 code = self._serve_attempt(endpoints)
                 if code is not None:
                     return code
-            logger.info("leaving: the run is done")
             return EXIT_DONE
 
-    def _wait_for_attempt(self) -> Endpoints:
-        deadline_s = self._config.control.service_ready_s
-        deadline = time.monotonic() + deadline_s
-        while self._run.exit_codes.exists():  # of an attempt that has ended
-            if time.monotonic() > deadline:
-                raise DeadlineExceeded("the next attempt of the run", deadline_s)
+    def _next_attempt(self) -> Endpoints | None:
+        """Waits for an attempt that runs; None: there is none to wait for."""
+        patience_s = self._config.control.service_ready_s
+        deadline = time.monotonic() + patience_s
+        while not self._run.done.exists():
+            if self._run.endpoints.exists() and not self._run.exit_codes.exists():
+                return Endpoints.read(self._run, patience_s)
+            if self._inbox.take() or time.monotonic() > deadline:
+                logger.info("leaving: no attempt of the run is there")
+                return None
             time.sleep(_POLL_S)
-        return Endpoints.read(self._run, max(0.0, deadline - time.monotonic()))
+        logger.info("leaving: the run is done")
+        return None
 
     def _serve_attempt(self, endpoints: Endpoints) -> int | None:
         """Serves until the end of an attempt; returns an exit code where that ends this job."""
