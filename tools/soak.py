@@ -39,8 +39,8 @@ from torchspec_hpc.transfer.feed import GaveUp, HiddenStateFeed
 from torchspec_hpc.transfer.store import HiddenStateStore
 
 READY_S = 300.0
-#: After the last answer: a killed engine's last object is removed one deadline later.
-SETTLE_S = 40.0
+#: After the last answer: so long may it take to free what a killed engine had half written.
+SETTLE_S = 300.0
 WORKERS = {
     "engines": "torchspec_hpc.inference.worker",
     "control": "torchspec_hpc.transfer.control_server",

@@ -83,4 +83,5 @@ def mooncake_config(put_deadline_s: float = 20.0) -> MooncakeConfig:
         global_segment_size=32 * MiB,
         local_buffer_size=16 * MiB,
         put_deadline_s=put_deadline_s,
+        checksum=True,
     )

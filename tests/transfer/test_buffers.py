@@ -28,7 +28,7 @@ def test_it_holds_no_more_buffers_than_were_lent_at_a_time(trainer: HiddenStateS
     for num_tokens in (100, 5000, 200, 9000, 9000, 50, 12000):
         lent = [pool.lend((num_tokens + i, 4, 64), torch.float32) for i in range(3)]
         del lent
-    ours = [buffer for at, buffer in trainer._registered.items() if at not in before]
+    ours = [buffer for at, (_, buffer) in trainer._registered.items() if at not in before]
     assert [buffer.nbytes for buffer in ours] == [12 * 1024**2] * 3
     assert [buffer.nbytes for buffer in (*pool._free, *pool._returned)] == [12 * 1024**2] * 3
 
@@ -43,4 +43,4 @@ def test_lent_memory_outlives_pool_and_store(master: Service) -> None:
 
 def test_registered_memory_is_not_freed_with_the_pool(trainer: HiddenStateStore) -> None:
     address = BufferPool(trainer).lend((1000, 4, 64), torch.float32).data_ptr()
-    assert trainer._registered[address].data_ptr() == address
+    assert trainer._registered[address][1].data_ptr() == address

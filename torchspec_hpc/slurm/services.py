@@ -34,6 +34,7 @@ _MAX_STARTS = 3
 _POLL_S = 0.05
 _PROBE_S = 1.0
 _KILL_S = 10.0
+_HALF_WRITTEN_S = 120
 
 
 class Service(ABC):
@@ -160,6 +161,9 @@ class MooncakeMaster(Service):
             f"--metrics_host={self._host}",
             f"--metrics_port={self._ports[1]}",
             f"--default_kv_lease_ttl={self._lease_ms}",
+            # what a killed engine has half written is freed after this or twice as long; no
+            # living one writes for so long
+            f"--put_start_release_timeout_sec={_HALF_WRITTEN_S}",
             "--logtostderr=1",
         ]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ _INCOMPLETE = -703
 _NOT_FOUND = -704
 _FIRST_PAUSE_S = 0.002
 _LAST_PAUSE_S = 0.1
+_NOTHING = nullcontext()
 
 
 class ObjectGone(TorchspecError):
@@ -59,6 +60,38 @@ _CODES: dict[int, tuple[type[TorchspecError], str]] = {
 }
 
 
+class _Calls:
+    """Lends the client for one call: never after the end, and the end waits for the calls."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._num_calls = 0
+        self._idle = threading.Condition(threading.Lock())
+        self.ended = False
+
+    def __enter__(self) -> Any:
+        with self._idle:
+            if self.ended:
+                raise StoreUnavailable("this process has closed its Mooncake client")
+            self._num_calls += 1
+        return self._client
+
+    def __exit__(self, *_: object) -> None:
+        with self._idle:
+            self._num_calls -= 1
+            if self.ended:
+                self._idle.notify_all()
+
+    def end(self) -> bool:
+        """Returns when no call is under way; False if it had ended before."""
+        with self._idle:
+            if self.ended:
+                return False
+            self.ended = True
+            self._idle.wait_for(lambda: self._num_calls == 0)
+        return True
+
+
 class HiddenStateStore:
     """One process' client of the store; any number of threads may use it.
 
@@ -68,11 +101,9 @@ class HiddenStateStore:
     def __init__(self, client: Any, config: MooncakeConfig) -> None:
         self._client = client
         self._config = config
-        self._closed = False
-        self._num_calls = 0
-        self._idle = threading.Condition()
-        # by address; also keeps the memory alive as long as the transport may touch it
-        self._registered: dict[int, torch.Tensor] = {}
+        self._calling = _Calls(client)
+        # by address, with its end; keeps the memory alive as long as the transport may touch it
+        self._registered: dict[int, tuple[int, torch.Tensor]] = {}
 
     @classmethod
     def open(
@@ -100,7 +131,7 @@ class HiddenStateStore:
     @property
     def segment(self) -> str:
         """Name of this process' segment, for requests to prefer."""
-        with self._calling() as client:
+        with self._calling as client:
             return str(client.get_hostname())
 
     def put(self, key: str, tensor: torch.Tensor, segment: str) -> int | None:
@@ -135,7 +166,7 @@ class HiddenStateStore:
         pause_s = _FIRST_PAUSE_S
         with self._known(tensor):
             while True:
-                with self._calling() as client:
+                with self._calling as client:
                     code = client.put_from(key, pointer, num_bytes, placement)
                 if code != _NO_SPACE or time.monotonic() >= deadline:
                     break
@@ -158,7 +189,7 @@ class HiddenStateStore:
             StoreUnavailable: The master does not answer.
         """
         pointer, num_bytes = _memory_of(buffer)
-        with self._known(buffer), self._calling() as client:
+        with self._known(buffer), self._calling as client:
             code = client.get_into(key, pointer, num_bytes)
         if code == _INVALID:  # registered it is: so it is too small
             raise ObjectGone(
@@ -174,13 +205,13 @@ class HiddenStateStore:
     def remove(self, key: str) -> None:
         """Removes an object at once; it is fine if there is none.
 
-        One that is still being written stays: its writer tells of it, or the
-        master discards it after 30 s.
+        One that is still being written stays: its writer tells of it, or, once that
+        is dead, the master frees it after minutes (slurm/services.py).
 
         Raises:
             StoreUnavailable: The master does not answer.
         """
-        with self._calling() as client:
+        with self._calling as client:
             code = client.remove(key, True)  # forced: reading it took a lease
         if code not in (_OK, _NOT_FOUND, _INCOMPLETE):
             raise self._error(code, f"remove {key!r}")
@@ -192,15 +223,15 @@ class HiddenStateStore:
         tcp, costly for RDMA.  Register what is used again and again.
         """
         pointer, num_bytes = _memory_of(buffer)
-        with self._calling() as client:
+        with self._calling as client:
             code = client.register_buffer(pointer, num_bytes)
         if code != _OK:
             raise self._error(code, f"register a buffer of {num_bytes} bytes")
-        self._registered[pointer] = buffer
+        self._registered[pointer] = pointer + num_bytes, buffer
 
     def unregister(self, buffer: torch.Tensor) -> None:
         """Takes back :meth:`register`."""
-        with self._calling() as client:
+        with self._calling as client:
             code = client.unregister_buffer(buffer.data_ptr())
         if code != _OK:
             raise self._error(code, "unregister a buffer")
@@ -208,41 +239,26 @@ class HiddenStateStore:
 
     def close(self) -> None:
         """Waits for the calls under way, then leaves; objects in this segment are lost."""
-        with self._idle:
-            if self._closed:
-                return
-            self._closed = True
-            self._idle.wait_for(lambda: self._num_calls == 0)
-        self._client.close()
-        self._registered.clear()
+        if self._calling.end():
+            self._client.close()
+            self._registered.clear()
 
-    @contextmanager
-    def _calling(self) -> Iterator[Any]:
-        """Lends the client for one call: never after close, and never during it."""
-        with self._idle:
-            if self._closed:
-                raise StoreUnavailable("this process has closed its Mooncake client")
-            self._num_calls += 1
-        try:
-            yield self._client
-        finally:
-            with self._idle:
-                self._num_calls -= 1
-                self._idle.notify_all()
-
-    @contextmanager
-    def _known(self, tensor: torch.Tensor) -> Iterator[None]:
+    def _known(self, tensor: torch.Tensor) -> AbstractContextManager[None]:
         """Registers memory for one call, unless it is a part of what is registered."""
-        start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        buffers = list(self._registered.items())
-        if any(at <= start and end <= at + buffer.nbytes for at, buffer in buffers):
-            yield
-            return
+        start = tensor.data_ptr()
+        end = start + tensor.nbytes
+        for at, (until, _) in tuple(self._registered.items()):
+            if at <= start and end <= until:
+                return _NOTHING
+        return self._registered_for_a_call(tensor)
+
+    @contextmanager
+    def _registered_for_a_call(self, tensor: torch.Tensor) -> Iterator[None]:
         self.register(tensor)
         try:
             yield
         finally:
-            if not self._closed:  # closing has forgotten all memory
+            if not self._calling.ended:  # closing has forgotten all memory
                 self.unregister(tensor)
 
     def _error(self, code: int, doing: str) -> TorchspecError:
