@@ -28,7 +28,7 @@ class MooncakeConfig(Section):
         5.0, gt=0, description="Seconds that a read may take: the object stays in place that long."
     )
     checksum: bool = Field(
-        False, description="Of every object, to find damage; a fifth of the transfer's speed."
+        False, description="Of every object, to find damage; up to a third of the speed."
     )
     master_port: int = Field(0, ge=0, le=65535, description="0: any free port.")
     put_deadline_s: float = Field(300.0, gt=0, description="Longest wait for space, seconds.")
