@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Sets up what the tests need and runs all of them:
+# Sets up what the tests need and runs them:
 #
 #   bash tools/test.sh [pytest arguments]
+#   bash tools/test.sh -m "long or not long"    with those that take minutes each, too
 #
 # Real components run here: a Slurm cluster that the tests start themselves, Mooncake, vLLM for
 # CPUs, a small real model. Where Slurm cannot be installed its tests are reported as not run;

@@ -89,8 +89,15 @@ def undisturbed(
     return curve
 
 
-@pytest.mark.parametrize("num_trainers", [1, 2])
-@pytest.mark.parametrize("how", ["warning", "requeue"])
+@pytest.mark.parametrize(
+    ("how", "num_trainers"),
+    [
+        ("warning", 1),
+        ("requeue", 2),
+        pytest.param("warning", 2, marks=pytest.mark.long),
+        pytest.param("requeue", 1, marks=pytest.mark.long),
+    ],
+)
 def test_interrupted_run_has_the_loss_curve_of_an_undisturbed_one(
     cluster: Cluster,
     config_file: ConfigWriter,
@@ -113,7 +120,7 @@ def test_interrupted_run_has_the_loss_curve_of_an_undisturbed_one(
     assert losses(run) == expected
 
 
-@pytest.mark.parametrize("num_trainers", [1, 2])
+@pytest.mark.parametrize("num_trainers", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_time_limit_requeues_and_loses_no_step(
     cluster: Cluster, config_file: ConfigWriter, num_trainers: int
 ) -> None:
@@ -182,6 +189,7 @@ def test_engines_of_another_job_join_and_carry_on_alone(
 
 
 @pytest.mark.vllm
+@pytest.mark.long
 def test_vllm_engine_and_its_batching_noise(cluster: Cluster, config_file: ConfigWriter) -> None:
     """vLLM with free batching, disturbed and undisturbed: equal but for the engine's rounding."""
     engine = {"engine": "vllm", "batch_invariant": False}

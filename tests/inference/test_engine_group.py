@@ -58,7 +58,7 @@ def test_who_leaves_ends_the_session(run: RunDir) -> None:
 
 
 @pytest.mark.vllm
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_engine_on_two_nodes(
     services: Endpoints,
     requester: Requester,

@@ -84,7 +84,7 @@ def test_a_silent_service_is_given_up_in_time(tmp_path: Path) -> None:
     master = Silent(HOST, MooncakeConfig(), tmp_path)
     master.start()
     with pytest.raises(DeadlineExceeded, match=r"(?s)Mooncake master .*looking for my config"):
-        master.wait_ready(0.8, nothing)
+        master.wait_ready(3, nothing)
     master.stop()
 
 
