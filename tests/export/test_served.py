@@ -94,6 +94,7 @@ def gate(tiny_target: Path, tmp_path_factory: pytest.TempPathFactory) -> Gate:
         "cases": [
             case([{"messages": PROMPT, "followups": []}], ANSWER, 1),
             case([{"messages": PROMPT, "followups": ["And blue?"]}] * 3, 8, 2),
+            case([{"messages": PROMPT, "followups": []}] * 2, 8, 2) | {"temperature": 1.0},
         ],
     }
     (folder / "job.json").write_text(json.dumps(job))
@@ -141,6 +142,14 @@ def test_conversations_of_several_turns(gate: Gate, draft_format: str) -> None:
         assert [len(turn) for turn in conversation["answers"]] == [8, 8]
         assert len(conversation["latencies_s"]) == len(conversation["first_token_s"]) == 2
         assert conversation["latencies_s"][0] > conversation["first_token_s"][0] > 0
+
+
+def test_sampled_answers(gate: Gate) -> None:
+    runs = [gate.served[name]["runs"][2] for name in ("hf", "speculators")]
+    first, second = (c["answers"][0] for c in runs[0]["conversations"])
+    assert len(first) == len(second) == 8
+    assert first != second, "each has a seed of its own"
+    assert all(run["num_drafts"] > 0 for run in runs)
 
 
 @pytest.mark.parametrize("draft_format", ["hf", "speculators"])
