@@ -125,10 +125,12 @@ def _label(row: Row, *, name_it: bool) -> str:
 
 def _figure(x: str, y: str) -> tuple[Any, Any]:
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = plt.subplots(figsize=(7, 4.5), dpi=120)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     return figure, axes
 
