@@ -95,10 +95,9 @@ def test_no_fault_of_an_engine_changes_a_bit(config_file: ConfigWriter, tmp_path
         assert process.wait(LONG_S) == 0, supervisor_log(run)
     assert losses(run) == losses(tmp_path / "runs" / "quiet")
     assert list(losses(run)) == list(range(1, STEPS + 1))
+    # which requests a fault hits is chance, and with luck none
     step_log = (run / "logs" / "latest" / "inference_step.log").read_text()
     assert step_log.count("ended with 137; restart") == 2
-    (trainer,) = (run / "logs" / "latest").glob("training/*/*.log")
-    assert "engine 1 took it and is gone" in trainer.read_text()
 
 
 def test_a_run_without_engines_saves_and_says_why(
