@@ -283,6 +283,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=100_000, help="trained on by each draft")
     parser.add_argument("--eval-tokens", type=int, default=4_000, help="held out")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--serve", action="store_true", help="measure in vLLM instead of training")
     parser.add_argument("--limit", type=int, default=24, help="prompts for --serve")
@@ -300,7 +301,7 @@ def main(arguments: list[str]) -> None:
         torch.set_num_threads(options.threads)
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         done = {(row["variant"], row["seed"]) for row in study.done()}
-        todo = [(name, seed) for seed in options.seeds for name in VARIANTS]
+        todo = [(name, seed) for seed in options.seeds for name in options.only]
         for name, seed in todo:
             if (name, seed) not in done:
                 row = study.train(name, seed)
