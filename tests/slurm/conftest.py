@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.slurm.cluster import Cluster, missing_programs
+from torchspec_hpc.slurm.executor import RunJob
 
 _NOT_RUN = "Slurm test NOT RUN"
 _INSTALL = "apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
@@ -36,6 +37,7 @@ def login_node(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
         if name.startswith(("SLURM_", "SBATCH_")):
             monkeypatch.delenv(name)
     monkeypatch.setenv("SLURM_CONF", str(cluster.conf))
+    RunJob.watcher.clear()  # another cluster of this session may have had jobs of the same ids
     return cluster
 
 
