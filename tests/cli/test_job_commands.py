@@ -72,6 +72,7 @@ def test_a_lost_job_id_is_found_again(login_node: Cluster, held: Path, ask: Comm
 def test_a_job_that_runs(login_node: Cluster, tmp_path: Path, ask: Command) -> None:
     run, job = _start(login_node, tmp_path, Plan(num_steps=10_000))
     run.wait_step(3)
+    run.wait(lambda: any(run.dir.ready.glob("*.json")))  # the engine has a log by then
     (status,) = ask("status", run.dir.root)
     assert status["state"] == "running"
     assert status["step"] >= 3
