@@ -123,16 +123,16 @@ def life_times(cluster: Cluster, folder: Path) -> dict[str, float]:
         "submit to the first step": since(start, lambda: has_step(run, 1)),
     }
     wait_for(lambda: has_step(run, 20), "step 20", 300)
-    done = max(losses(run))
     start = time.monotonic()
     cluster.warn(job)
     times["warning to the end of the attempt"] = since(
         start, lambda: cluster.job(job)["JobState"] != "RUNNING"
     )
+    done = max(losses(run))
     times["warning to the next attempt"] = since(
         start, (logs / "attempt_1" / "supervisor.log").is_file
     )
-    times["warning to a new step"] = since(start, lambda: max(losses(run)) > done + 5)
+    times["warning to a new step"] = since(start, lambda: max(losses(run)) > done)
     cluster.wait_state(job, timeout_s=600)
     return times
 
