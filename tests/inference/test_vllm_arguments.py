@@ -107,6 +107,9 @@ def test_layers(context: Any, aux: list[int], captured: list[int], columns: list
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("pipeline_parallel_size", r"each stage sees its own layers only.*\n.*tp_size"),
+        ("kv_offloading_size", "would take the place of the connector that captures"),
+        ("spec_method", "spec_method, which is set for you"),
         ("dtype", r"extra_args holds dtype, which is set for you\n.*set inference.dtype instead"),
         ("speculative_config", "speculative_config, which is set for you\n.*remove it"),
         ("enable_prefix_caching", "which batch_invariant switches off"),

@@ -48,6 +48,8 @@ def test_what_cannot_be_joined_is_refused(run: RunDir, tmp_path: Path) -> None:
         submit_join(
             run, ["inference.inference_num_gpus=2", "inference.inference_num_gpus_per_node=2"]
         )
+    with pytest.raises(UserError, match=r"inference.inference_batch_size is 3 here and 8 in the"):
+        submit_join(run, ["inference.inference_batch_size=3"])
     run.done.touch()
     with pytest.raises(UserError, match="is complete"):
         submit_join(run)

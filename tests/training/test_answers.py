@@ -8,9 +8,11 @@ import torch
 
 from tests.training.conftest import MakeRun
 from tests.training.producer import Producer
+from torchspec_hpc.config import parse_config
 from torchspec_hpc.config.inference_schema import GenerationConfig
 from torchspec_hpc.data.sample import Sample
-from torchspec_hpc.training.answers import TargetAnswers, prompt_length, seed_of
+from torchspec_hpc.errors import ConfigError
+from torchspec_hpc.training.answers import TargetAnswers, check_prompts, prompt_length, seed_of
 from torchspec_hpc.transfer.messages import Generation, Request
 
 
@@ -81,3 +83,17 @@ def test_a_stopped_run_gets_the_same_answers(make_run: MakeRun, engine: Producer
     stopped.dir.stop.unlink()
     assert stopped.train() == 0
     assert stopped.learning() == straight.learning()
+
+
+def test_rows_without_a_prompt_are_refused_before_training(tmp_path) -> None:
+    answered, plain = sample_of([0, 1, 1]), sample_of([1, 1, 1])
+    raw = {
+        "output_dir": str(tmp_path),
+        "model": {"target_model_path": "x/y"},
+        "dataset": {"train_data_path": "rows.jsonl"},
+        "inference": {"respond": "target"},
+    }
+    config = parse_config(raw, base_dir=tmp_path, source="test")
+    check_prompts([answered], config)
+    with pytest.raises(ConfigError, match=r"2 of 3 rows of .*rows.jsonl have no prompt"):
+        check_prompts([answered, plain, plain], config)

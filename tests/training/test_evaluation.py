@@ -21,7 +21,7 @@ from torchspec_hpc.training.cache_plan import EVERYTHING
 from torchspec_hpc.training.cached_states import CachedStates
 from torchspec_hpc.training.evaluation import EvaluationSet
 from torchspec_hpc.training.parallel import World
-from torchspec_hpc.transfer.feed import GaveUp
+from torchspec_hpc.transfer.feed import GaveUp, SampleFailed
 from torchspec_hpc.transfer.messages import Request
 
 LENGTHS = np.array([5, 3, 8, 4, 6, 7, 3])
@@ -185,13 +185,24 @@ def test_no_more_than_max_tokens(make_set: MakeSet, caplog: pytest.LogCaptureFix
 def test_a_stop_ends_the_wait_and_what_came_is_kept(make_set: MakeSet):
     states = States()
     states.is_silent = True
-    with pytest.raises(GaveUp, match="before all held-out samples were here"):
+    with pytest.raises(GaveUp, match="not all held-out samples came before the end"):
         make_set(states).batches(lambda: len(states.asked) > 3)
     assert len(states.asked) < 7
     others = States()
     make_set(others).batches(never)
     assert others.asked == [f"eval-{index}" for index in range(7 - len(others.asked), 7)]
     assert 0 < len(others.asked) < 7
+
+
+def test_what_never_comes_ends_the_wait_with_its_reason(make_set: MakeSet, monkeypatch):
+    states = States()
+
+    def fail(ticket: str, give_up: Callable[[], bool]) -> torch.Tensor:
+        raise SampleFailed("sample 'eval-0': refused")
+
+    monkeypatch.setattr(states, "take", fail)
+    with pytest.raises(SampleFailed, match="eval-0"):
+        make_set(states).batches(never)
 
 
 # ---- real trainers, real services -------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -54,9 +55,10 @@ class Endpoints:
                 )
             time.sleep(_POLL_S)
         own = cls(**json.loads(run.endpoints.read_text(encoding="utf-8")))
-        joined = [
-            json.loads(path.read_text(encoding="utf-8")) for path in run.joined.glob("*.json")
-        ]
+        joined = []
+        for path in run.joined.glob("*.json"):
+            with contextlib.suppress(FileNotFoundError):  # that job has just left
+                joined.append(json.loads(path.read_text(encoding="utf-8")))
         addresses = {node: a for job in joined for node, a in job["addresses"].items()}
         return replace(own, addresses=addresses | own.addresses)
 

@@ -15,6 +15,9 @@ from torchspec_hpc.errors import EXIT_USER_ERROR
 
 logger = logging.getLogger(__name__)
 
+#: Ranks of engines that join a run begin here: no run has so many of its own.
+FIRST_JOINED_RANK = 1000
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -62,6 +65,11 @@ def refresh(folder: Path) -> None:
 @functools.cache
 def _warn_once(message: str) -> None:
     logger.warning("%s", message)
+
+
+def of_the_run(failures: Sequence[Failure]) -> list[Failure]:
+    """Without those of engines that joined it: they are helpers, and end nothing."""
+    return [failure for failure in failures if failure.rank < FIRST_JOINED_RANK]
 
 
 def root_cause(failures: Sequence[Failure]) -> Failure | None:

@@ -27,6 +27,7 @@ from torchspec_hpc.config.schema import Config
 from torchspec_hpc.errors import EXIT_DONE, TorchspecError, exit_code_of
 from torchspec_hpc.observe.logs import setup_logging
 from torchspec_hpc.slurm.env import attempt, expand_nodelist, job_id, node_addresses
+from torchspec_hpc.slurm.failures import FIRST_JOINED_RANK
 from torchspec_hpc.slurm.job import Job
 from torchspec_hpc.slurm.processes import Child, shepherded
 from torchspec_hpc.slurm.runtime import Runtime
@@ -44,8 +45,6 @@ from torchspec_hpc.slurm.steps import (
 logger = logging.getLogger(__name__)
 
 ROLE = "joined"
-#: Ranks of a job that joins: no run has so many engines of its own.
-_RANKS_OF_A_JOB = 1000
 _POLL_S = 1.0
 #: From the request to leave until engines are killed; they hold nothing that would be lost.
 _GRACE_S = 10.0
@@ -141,7 +140,7 @@ class JoiningJob:
         group = inference_group(self._config)
         # ranks fill nodes and engines as those of the run do
         unit = self._own.ranks_per_node * self._own.nodes_per_engine
-        first_rank = number * unit * -(-_RANKS_OF_A_JOB // unit)
+        first_rank = number * unit * -(-FIRST_JOINED_RANK // unit)
         python = self._runtime.worker_python
         engine = self._modules.engine_command(self._run, python)
         engine += ["--rank={rank}", f"--num-ranks={self._own.num_ranks}"]

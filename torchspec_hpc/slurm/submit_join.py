@@ -16,6 +16,8 @@ from torchspec_hpc.slurm.scheduler import check_submission, refused, run_client,
 from torchspec_hpc.slurm.shape import Component, components
 
 _SUFFIX = "-join"
+#: Settings of the engines that a job which joins may change.
+_OF_THIS_JOB = ("inference_num_gpus", "inference_num_gpus_per_node")
 
 
 def submit_join(run: RunDir, overrides: Sequence[str] = ()) -> str:
@@ -70,7 +72,15 @@ def _check_run(run: RunDir) -> None:
 
 
 def _check_layout(config: Config, own: Config) -> None:
-    """An engine's GPUs follow from its rank as in the run, whose configuration it reads."""
+    """The engines read the run's configuration, and an engine's GPUs follow from its rank there."""
+    given, theirs = config.inference.model_dump(), own.inference.model_dump()
+    changed = [name for name in given if given[name] != theirs[name] and name not in _OF_THIS_JOB]
+    if changed:
+        raise ConfigError(
+            f"inference.{changed[0]} is {given[changed[0]]} here and {theirs[changed[0]]} in the "
+            "run, whose configuration the engines read",
+            allowed=f"changes of slurm.* and of inference.{', inference.'.join(_OF_THIS_JOB)}",
+        )
     found, wanted = config.inference.ranks_per_node, own.inference.ranks_per_node
     if found > wanted or (found < wanted and config.inference.num_nodes > 1):
         raise ConfigError(

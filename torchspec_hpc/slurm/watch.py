@@ -19,7 +19,7 @@ from torchspec_hpc.errors import (
     TorchspecError,
 )
 from torchspec_hpc.slurm.engine_watch import EnginesLost, EngineWatch
-from torchspec_hpc.slurm.failures import Failure, read_failures, root_cause
+from torchspec_hpc.slurm.failures import Failure, of_the_run, read_failures, root_cause
 from torchspec_hpc.slurm.requeue import Ending
 from torchspec_hpc.slurm.services import Services
 from torchspec_hpc.slurm.steps import TRAINING, Step
@@ -186,7 +186,7 @@ class Watch:
 
         Engines may have failed before, without ending the run: a worker of this step comes first.
         """
-        failures = read_failures(self._run)
+        failures = of_the_run(read_failures(self._run))
         cause = root_cause([f for f in failures if f.role == step.name] or failures)
         if cause is not None:
             logger.info("%s", what)

@@ -14,10 +14,21 @@ from torch import Tensor
 from torchspec_hpc.config import Config
 from torchspec_hpc.config.inference_schema import GenerationConfig
 from torchspec_hpc.data.sample import Sample
+from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.transfer.feed import HiddenStateFeed
 from torchspec_hpc.transfer.messages import Generation
 
 TokenIds = npt.NDArray[np.int32]
+
+
+class Samples(Protocol):
+    """What is trained on: :class:`torchspec_hpc.data.dataset.TokenDataset`."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    def __getitem__(self, index: int) -> Sample:
+        """Token ids and loss mask."""
 
 
 class HiddenStates(Protocol):
@@ -132,6 +143,24 @@ def answers_of(states: HiddenStates, config: Config) -> DatasetAnswers | TargetA
         return DatasetAnswers(states)
     assert isinstance(states, HiddenStateFeed)  # answers are not kept: no cache
     return TargetAnswers(states, config.inference.generation, config.training.max_seq_length)
+
+
+def check_prompts(dataset: Samples, config: Config) -> None:
+    """Makes sure that the target has something to answer.
+
+    Raises:
+        ConfigError: Rows are supervised from their first token on, as plain text is.
+    """
+    if config.inference.respond == "dataset":
+        return
+    num_bad = sum(prompt_length(dataset[index]) == 0 for index in range(len(dataset)))
+    if num_bad:
+        raise ConfigError(
+            f"{num_bad} of {len(dataset)} rows of {config.dataset.train_data_path} have no prompt, "
+            "and inference.respond is target",
+            allowed="conversations",
+            hint="set inference.respond=dataset, or remove the rows of plain text",
+        )
 
 
 def most_tokens(lengths: TokenIds, config: Config) -> TokenIds:

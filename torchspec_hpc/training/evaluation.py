@@ -16,9 +16,10 @@ from torchspec_hpc.data.dataset import TokenDataset
 from torchspec_hpc.data.sample import Sample
 from torchspec_hpc.data.sampler import Sampler
 from torchspec_hpc.drafts.batch import PackedBatch, pack
+from torchspec_hpc.errors import DeadlineExceeded, TorchspecError
 from torchspec_hpc.training.answers import HiddenStates
 from torchspec_hpc.training.parallel import World, sum_over_ranks
-from torchspec_hpc.transfer.feed import GaveUp
+from torchspec_hpc.transfer.feed import GaveUp, SampleFailed
 
 logger = logging.getLogger(__name__)
 
@@ -66,18 +67,24 @@ class EvaluationSet:
             give_up: Asked while the first call waits for engines; True ends the wait.
 
         Raises:
-            GaveUp: On all ranks, if `give_up` has said so on any.
+            GaveUp: On all ranks, if `give_up` has said so on any; on the others where one raises
+                what follows.
+            DeadlineExceeded: No engine answers.
+            SampleFailed: The engines cannot serve a sample.
         """
         if not self._batches:
             made: list[PackedBatch] = []
+            failure: TorchspecError | None = None
             try:
                 made = self._make(give_up)
             except GaveUp as gave_up:
                 logger.info("%s", gave_up)
+            except (DeadlineExceeded, SampleFailed) as error:
+                failure = error
             # a rank that went on, or left, alone would hang in the next collective
             num_waiting = torch.tensor([not made], dtype=torch.int64, device=self._world.device)
             if int(sum_over_ranks(num_waiting)):
-                raise GaveUp("a stop was asked for before all held-out samples were here")
+                raise failure or GaveUp("not all held-out samples came before the end")
             self._batches = made
         return self._batches
 

@@ -22,7 +22,7 @@ from torchspec_hpc.data.packing import longest_pack
 from torchspec_hpc.data.sampler import Sampler
 from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.target.spec import TargetSpec
-from torchspec_hpc.training.answers import answers_of, most_tokens
+from torchspec_hpc.training.answers import answers_of, check_prompts, most_tokens
 from torchspec_hpc.training.batches import MicroBatches, packs_per_step, steps_of_run
 from torchspec_hpc.training.checkpoint import Checkpointer
 from torchspec_hpc.training.draft import build_draft
@@ -70,6 +70,7 @@ def build_trainer(
     aux_layers = spec.aux_layers(config.inference.aux_hidden_states_layers)
     dataset = _open_dataset(config, world, config.dataset.train_data_path)
     held_out = _open_held_out(config, world)
+    ask_main(world, partial(check_prompts, dataset, config))
     lengths = most_tokens(dataset.lengths, config)
     window_tokens = _window_tokens(
         config,

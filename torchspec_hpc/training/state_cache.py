@@ -30,6 +30,7 @@ from torch import Tensor
 
 from torchspec_hpc.config import Config
 from torchspec_hpc.config.rundir import cache_dir, write_atomic
+from torchspec_hpc.drafts.rope import LENGTH_DEPENDENT
 from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.observe.provenance import versions
 from torchspec_hpc.target.files import fingerprint
@@ -184,6 +185,7 @@ def _about(
     engine, installed = config.inference, versions()
     device_type = _device_type(config, device_type)
     arguments = engine.model_dump(mode="json").get(engine.engine, {})
+    by_length = spec.rope_parameters["rope_type"] in LENGTH_DEPENDENT
     return {
         "version": _VERSION,
         "target": spec.path,
@@ -195,6 +197,8 @@ def _about(
         "dtype": spec.states_dtype(engine.dtype, device_type),
         "device": device_type,
         "batch_invariant": engine.batch_invariant,
+        # engines choose between the factors of such targets by the longest prompt they may get
+        **({"max_seq_length": config.training.max_seq_length} if by_length else {}),
         "packages": {name: installed[name] for name in _ENGINE_PACKAGES if name in installed},
     }
 

@@ -24,7 +24,7 @@ from torchspec_hpc.training.optim import Schedule, set_hyperparameters
 from torchspec_hpc.training.parallel import World
 from torchspec_hpc.training.reporter import Reporter
 from torchspec_hpc.training.step import Eagle3Step, StepResult, step_weights
-from torchspec_hpc.transfer.feed import GaveUp
+from torchspec_hpc.transfer.feed import GaveUp, SampleFailed
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Trainer:
         peak = peak_flops(config.training, world.device)
         self._meter = Meter(world, step_weights(config.training), peak)
         self._reporter: Reporter | None = None  # of the main rank, while it trains
-        self._no_data: DeadlineExceeded | None = None
+        self._no_data: DeadlineExceeded | SampleFailed | None = None
         self._skips = SkipLimit(config.training.max_skipped_steps)
 
     def run(self) -> int:
@@ -144,7 +144,7 @@ class Trainer:
         except GaveUp as gave_up:  # a late engine must not keep us from a checkpoint
             logger.info("%s", gave_up)
             data = None
-        except DeadlineExceeded as error:  # no engine answers: keep what there is, then fail
+        except (DeadlineExceeded, SampleFailed) as error:  # keep what there is, then fail
             self._no_data, data = error, None
         learning_rate = self._schedule(self._progress.step - self._progress.skipped)
         set_hyperparameters(self._optimizer, self._config.training, learning_rate)
@@ -176,8 +176,10 @@ class Trainer:
             try:
                 with self._costs.evaluation():
                     values = values | self._evaluate(self._evaluation)
-            except GaveUp as gave_up:
-                logger.info("step %d is not evaluated yet: %s", self._progress.step, gave_up)
+            except (GaveUp, DeadlineExceeded, SampleFailed) as error:
+                logger.info("step %d is not evaluated yet: %s", self._progress.step, error)
+                if not isinstance(error, GaveUp):
+                    self._no_data = error
                 self._progress = replace(self._progress, unreported=values)
                 return False
         accept_len = values.get("eval/accept_len")

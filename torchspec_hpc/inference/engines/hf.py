@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from torchspec_hpc.drafts.rope import LENGTH_DEPENDENT
 from torchspec_hpc.inference.delivery import Delivery, Destination
 from torchspec_hpc.inference.engines.base import (
     EngineContext,
@@ -29,7 +30,10 @@ class HfEngine:
         inference = context.config.inference
         if inference.num_threads is not None:
             torch.set_num_threads(inference.num_threads)
-        self._batch_prompts = 1 if inference.batch_invariant else inference.inference_batch_size
+        # such targets scale their positions by the longest prompt of the batch
+        by_length = context.spec.rope_parameters["rope_type"] in LENGTH_DEPENDENT
+        alone = inference.batch_invariant or by_length
+        self._batch_prompts = 1 if alone else inference.inference_batch_size
         self._batch_tokens = inference.max_num_batched_tokens or _DEFAULT_BATCH_TOKENS
         self.max_prompts = _BATCHES_AHEAD * self._batch_prompts
         self.max_tokens = _BATCHES_AHEAD * self._batch_tokens

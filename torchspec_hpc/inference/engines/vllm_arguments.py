@@ -33,6 +33,9 @@ _MANAGED = {
     "skip_tokenizer_init": None,
     "speculative_config": None,
     "kv_transfer_config": None,
+    "spec_method": None,
+    "spec_model": None,
+    "spec_tokens": None,
     "distributed_executor_backend": None,
     "nnodes": "inference.inference_num_gpus_per_node",
     "node_rank": None,
@@ -40,10 +43,20 @@ _MANAGED = {
     "master_port": None,
 }
 
-#: Arguments that cannot work here.
+_MORE_GPUS = (
+    "set inference.inference_num_gpus_per_engine and inference.vllm.tp_size for larger engines, "
+    "inference.inference_num_gpus for more of them"
+)
+_ONE_CONNECTOR = "it would take the place of the connector that captures"
+#: Arguments that cannot work here: why, and what to do instead.
 _REFUSED = {
-    "pipeline_parallel_size": "each stage sees its own layers only, and vLLM's capture needs all",
-    "data_parallel_size": "its engines would not take requests from our queue",
+    "pipeline_parallel_size": (
+        "each stage sees its own layers only, and vLLM's capture needs all",
+        _MORE_GPUS,
+    ),
+    "data_parallel_size": ("its engines would not take requests from our queue", _MORE_GPUS),
+    "kv_offloading_size": (_ONE_CONNECTOR, "remove it"),
+    "kv_offloading_backend": (_ONE_CONNECTOR, "remove it"),
 }
 
 
@@ -189,11 +202,8 @@ def check_extra_args(inference: InferenceConfig, known: Collection[str]) -> None
     """
     for name in inference.vllm.extra_args:
         if name in _REFUSED:
-            raise ConfigError(
-                f"inference.vllm.extra_args holds {name}: {_REFUSED[name]}",
-                hint="set inference.inference_num_gpus_per_engine and inference.vllm.tp_size for"
-                " larger engines, inference.inference_num_gpus for more of them",
-            )
+            reason, hint = _REFUSED[name]
+            raise ConfigError(f"inference.vllm.extra_args holds {name}: {reason}", hint=hint)
         if name in _MANAGED:
             key = _MANAGED[name]
             raise ConfigError(
