@@ -169,12 +169,22 @@ def turn(**fields: Any) -> dict[str, Any]:
             "tool call's arguments are no object: turn 3",
         ),
         ({"messages": OPENAI, "tools": "{}"}, "tools are no list of objects: found dict"),
+        ({"messages": OPENAI, "tools": [{"type": "function"}]}, "tool without name: number 1"),
+        ({"messages": OPENAI, "tools": [TOOL, {"function": "f"}]}, "tool without name: number 2"),
+        (
+            turn(role="assistant", content=[{"type": {}}]),
+            "content is not text: turn 3 (assistant) has a part of type {}",
+        ),
         ({"text": 3}, "content is not text: text is int"),
         ({"input_ids": [1]}, "tokens are no lists: input_ids is list, loss_mask is NoneType"),
         ({"input_ids": [1], "loss_mask": []}, "tokens and mask differ in length: 1 and 0"),
         ({"input_ids": [-1], "loss_mask": [1]}, "tokens are not ids"),
         ({"input_ids": [2**31], "loss_mask": [1]}, "tokens are not ids"),
         ({"input_ids": [1], "loss_mask": [2]}, "mask is not of 0 and 1: loss_mask has [2]"),
+        (
+            {"input_ids": [1] * 4, "loss_mask": [0, "x", None, [1]]},
+            "mask is not of 0 and 1: loss_mask has ['x', None, [1]]",
+        ),
     ],
 )
 def test_bad_rows_say_why(row: Any, reason: str) -> None:

@@ -108,6 +108,6 @@ def _tokens(row: Mapping[str, Any]) -> Tokens:
         raise BadRow(f"tokens and mask differ in length: {len(ids)} and {len(mask)}")
     if not all(type(i) is int and 0 <= i <= _MAX_TOKEN_ID for i in ids):
         raise BadRow("tokens are not ids: input_ids must be whole numbers of 0 and up")
-    if not set(mask) <= {0, 1}:
-        raise BadRow(f"mask is not of 0 and 1: loss_mask has {sorted(set(mask) - {0, 1})[:5]}")
+    if odd := [value for value in mask if value not in (0, 1)]:
+        raise BadRow(f"mask is not of 0 and 1: loss_mask has {odd[:5]}")
     return Tokens(np.array(ids, dtype=np.int32), np.array(mask, dtype=np.bool_))

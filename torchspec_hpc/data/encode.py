@@ -17,6 +17,7 @@ from torchspec_hpc.config.schema import ModelConfig
 from torchspec_hpc.data.chat import Rendered
 from torchspec_hpc.data.conversations import Tokens, parse_row
 from torchspec_hpc.data.masks import ChatEncoder
+from torchspec_hpc.data.messages import plain_text
 from torchspec_hpc.data.report import BadRow, Rejection
 from torchspec_hpc.data.rows import Row, read_rows, value_of
 from torchspec_hpc.data.shards import Encoded, shard_path, write_shard
@@ -108,12 +109,20 @@ def _items(
             yield _item(job, encoder, file, row)
         except BadRow as error:  # noqa: PERF203
             rejected.append((file, row.line, str(error)))
+        except MemoryError:
+            raise  # no row is at fault
+        # files hold what nobody has thought of, and templates are programs of others: that costs
+        # the row, which is counted and named as any other bad one, not the rows of hours
+        except Exception as error:  # noqa: BLE001
+            rejected.append((file, row.line, f"unexpected {type(error).__name__}: {error}"))
 
 
 def _item(job: Preparation, encoder: ChatEncoder, file: int, row: Row) -> Item:
     value = value_of(row)
     parsed = parse_row(value, job.dataset.prompt_key)
     content = parsed if isinstance(parsed, Tokens) else encoder.render(parsed)
+    if isinstance(content, Rendered):  # tools and the arguments of calls are in it, too
+        plain_text(content.text, "what the chat template makes of it")
     return Item(file, row.line, _id_hash(value), content)
 
 

@@ -78,14 +78,19 @@ def tool_definitions(value: Any) -> list[dict[str, Any]] | None:
     """The tools of a row in OpenAI form; text is read as JSON.
 
     Raises:
-        BadRow: They are no list of objects.
+        BadRow: They are no list of objects with a name.
     """
     if not value:
         return None
     tools = _json(value, "tools")
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
         raise BadRow(f"tools are no list of objects: found {type(tools).__name__}")
-    return [t if "function" in t else {"type": "function", "function": t} for t in tools] or None
+    made = [t if "function" in t else {"type": "function", "function": t} for t in tools]
+    for number, tool in enumerate(made, start=1):
+        function = tool["function"]
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise BadRow(f"tool without name: number {number} of tools")
+    return made or None
 
 
 def plain_text(value: Any, where: str) -> str:
@@ -135,7 +140,7 @@ def _content(value: Any, where: str) -> tuple[str | list[dict[str, Any]], list[s
             parts.append({"type": "text", "text": plain_text(part.get("text") or "", where)})
         elif kind in ("thinking", "reasoning"):
             thoughts.append(plain_text(part.get(kind) or part.get("text") or "", where))
-        elif kind in _PLACEHOLDERS:
+        elif isinstance(kind, str) and kind in _PLACEHOLDERS:
             parts.append({"type": _PLACEHOLDERS[kind]})
         else:
             raise BadRow(f"content is not text: {where} has a part of type {kind!r}")
@@ -176,5 +181,5 @@ def _json(value: Any, where: str) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRow(f"broken JSON in a text: {where}: {error}") from None
