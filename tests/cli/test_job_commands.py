@@ -45,6 +45,8 @@ def test_a_job_that_waits(login_node: Cluster, held: Path, ask: Command) -> None
     assert "queued" in invoke("status", run.parent).stdout
     with pytest.raises(UserError, match="waits or runs as job"):
         invoke("resume", run)
+    with pytest.raises(UserError, match="waits or runs as job"):
+        invoke("run", held, "--resume")
 
     assert ask("cancel", run)["outcome"] == "cancelled"
     login_node.wait_state(job)

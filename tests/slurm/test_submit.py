@@ -19,6 +19,7 @@ from torchspec_hpc.config.load import load_config
 from torchspec_hpc.config.rundir import RunDir
 from torchspec_hpc.config.schema import Config
 from torchspec_hpc.errors import ConfigError, UserError
+from torchspec_hpc.slurm.lock import RunLocked, run_lock
 from torchspec_hpc.slurm.prepare import (
     header_settings,
     prepare_run,
@@ -168,6 +169,41 @@ def test_prepare_run_again_for_the_same_job(tmp_path: Path) -> None:
 def test_resume_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no run to resume"):
         prepare_run(small_config(tmp_path), resume=True)
+
+
+def test_resume_of_a_run_that_is_alive(tmp_path: Path) -> None:
+    run = prepare_run(small_config(tmp_path))
+    before = run.config.read_text()
+    other = small_config(tmp_path, time="00:20:00")
+    with run_lock(run, None), pytest.raises(RunLocked, match="written to by a local run"):
+        prepare_run(other, resume=True)
+    assert run.config.read_text() == before
+    prepare_run(other, resume=True)
+    with run_lock(run, "12"):
+        prepare_run(other, resume=True, job="12")
+
+
+def test_what_was_interrupted_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(run: RunDir) -> None:
+        raise KeyboardInterrupt
+
+    config = small_config(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("torchspec_hpc.slurm.prepare.snapshot_code", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_run(config)
+    run = prepare_run(config, resume=True)
+    assert load_config(run.config) == config
+
+
+def test_a_resumed_run_has_no_ending(tmp_path: Path) -> None:
+    """Its job may fail before the supervisor says so, and joined engines look at it too."""
+    run = prepare_run(small_config(tmp_path))
+    for path in (run.exit_codes, run.endpoints):
+        path.write_text("{}")
+    prepare_run(small_config(tmp_path), resume=True)
+    assert not run.exit_codes.exists()
+    assert not run.endpoints.exists()
 
 
 def test_unwritable_output(tmp_path: Path) -> None:

@@ -52,9 +52,13 @@ def run(
     from torchspec_hpc.cli.progress import watch_metrics
     from torchspec_hpc.config import load_config
     from torchspec_hpc.slurm.local import run_local
-    from torchspec_hpc.slurm.prepare import prepare_run
+    from torchspec_hpc.slurm.prepare import check_not_queued, prepare_run, run_directory
+    from torchspec_hpc.slurm.record import RunRecord
 
     settings = load_config(config, [*(overrides or ()), "cluster=local"])
+    record = RunRecord.read(run_directory(settings))
+    if resume and record is not None and record.cluster == "slurm":
+        check_not_queued(run_directory(settings))
     prepared = prepare_run(settings, resume=resume)
     print(f"run directory: {prepared.root}", flush=True)
     with watch_metrics(prepared):

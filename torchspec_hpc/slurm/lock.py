@@ -96,6 +96,33 @@ def run_lock(run: RunDir, job_id: str | None) -> Iterator[None]:
             run.lock.unlink()
 
 
+def check_not_locked(run: RunDir, own_job: str | None) -> Holder | None:
+    """Refuses where somebody else writes to the run.
+
+    Args:
+        run: The run.
+        own_job: The Slurm job that asks, whose own lock does not count.
+
+    Returns:
+        Whose stale lock is there, if any.
+
+    Raises:
+        RunLocked: Another attempt runs, or may run.
+    """
+    holder = Holder.read(run)
+    if holder is None:
+        return None
+    try:
+        mine = holder.job_id is not None and holder.job_id == own_job
+        if not mine and not holder.is_gone():
+            raise RunLocked(f"the run {run.root} is written to by {holder}")
+    except RunLocked as error:
+        raise RunLocked(
+            error.what, hint=f"wait for its end; if you know that it has ended: rm {run.lock}"
+        ) from error.__cause__
+    return holder
+
+
 def _acquire(run: RunDir, own: Holder) -> None:
     temporary = run.lock.with_name(f".lock.{own.host}.{own.pid}")
     for _ in range(_MAX_TRIES):
@@ -112,16 +139,6 @@ def _acquire(run: RunDir, own: Holder) -> None:
 
 
 def _release_stale(run: RunDir, own: Holder) -> None:
-    holder = Holder.read(run)
-    if holder is None:
-        return
-    try:
-        mine = holder.job_id is not None and holder.job_id == own.job_id
-        if not mine and not holder.is_gone():
-            raise RunLocked(f"the run {run.root} is written to by {holder}")
-    except RunLocked as error:
-        raise RunLocked(
-            error.what, hint=f"wait for its end; if you know that it has ended: rm {run.lock}"
-        ) from error.__cause__
-    logger.warning("the lock of %s is stale: it is taken over", holder)
-    run.lock.unlink(missing_ok=True)
+    if (holder := check_not_locked(run, own.job_id)) is not None:
+        logger.warning("the lock of %s is stale: it is taken over", holder)
+        run.lock.unlink(missing_ok=True)

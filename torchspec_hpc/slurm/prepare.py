@@ -28,6 +28,7 @@ from torchspec_hpc.errors import (
 from torchspec_hpc.observe.provenance import provenance
 from torchspec_hpc.slurm.env import job_id, read_nodes
 from torchspec_hpc.slurm.inputs import check_inputs
+from torchspec_hpc.slurm.lock import check_not_locked
 from torchspec_hpc.slurm.record import RunRecord, open_jobs
 from torchspec_hpc.slurm.snapshot import snapshot_code
 
@@ -55,19 +56,24 @@ def prepare_run(config: Config, *, resume: bool = False, job: str | None = None)
 
     Raises:
         UserError: The run exists and is not to be resumed, or the other way round, or is
-            complete; a file that the configuration names is missing or does not fit; or the
-            directory cannot be written.
+            complete, or somebody writes to it; a file that the configuration names is missing or
+            does not fit; or the directory cannot be written.
     """
     run = run_directory(config)
     record = RunRecord.read(run)
     if record is not None and job is not None and record.job_id == job:
         return run
     check_run(run, resume=resume)
+    if resume:
+        check_not_locked(run, job)
     check_inputs(config)
     run.create()
+    # first of all, so that what is interrupted from here on can be resumed
+    RunRecord(run.run_id, config.cluster).write(run)
     if config.cluster == "slurm":
         snapshot_code(run)
-    run.cancelled.unlink(missing_ok=True)
+    for path in (run.cancelled, run.endpoints, run.exit_codes):  # of the start before this one
+        path.unlink(missing_ok=True)
     save_config(config, run.config)
     create_secret(run)
     start = {**provenance(), "data": _data_files(config)}
