@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 Slurm does not answer, 2 a mistake of the user, 3 a run ha
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
@@ -19,6 +20,7 @@ from torchspec_hpc.cli.output import print_json, print_table
 if TYPE_CHECKING:
     from torchspec_hpc.config import RunDir
 
+logger = logging.getLogger(__name__)
 app = typer.Typer()
 
 EXIT_RUN_FAILED = 3
@@ -194,7 +196,7 @@ def tb(
 
 def _print_log(run: RunDir, path: Path, text: str, *, named: bool) -> None:
     if named and text:
-        print(f"==> {os.path.relpath(path, run.root)} <==")
+        print(f"==> {os.path.relpath(path.resolve(), run.root.resolve())} <==")
     print(text, end="", flush=True)
 
 
@@ -206,6 +208,7 @@ class _EndWatch:
         self._asked = time.monotonic()
 
     def has_ended(self) -> bool:
+        from torchspec_hpc.slurm.scheduler import SchedulerError
         from torchspec_hpc.slurm.status import read_status
 
         if self._run.done.exists() and not self._run.lock.exists():
@@ -214,5 +217,9 @@ class _EndWatch:
             return False
         self._asked = time.monotonic()
         self._wait_s = min(self._wait_s * _GROWTH, _LONGEST_ASK_S)
-        (status,) = read_status([self._run])
+        try:
+            (status,) = read_status([self._run])
+        except SchedulerError as error:  # it is asked again
+            logger.warning("%s", error)
+            return False
         return status.state not in ("running", "starting", "queued")

@@ -15,7 +15,7 @@ from torchspec_hpc.config.rundir import RunDir, write_atomic
 from torchspec_hpc.errors import UserError
 from torchspec_hpc.slurm.lock import Holder
 from torchspec_hpc.slurm.record import open_jobs, require_run
-from torchspec_hpc.slurm.scheduler import SchedulerError, job_infos, run_client
+from torchspec_hpc.slurm.scheduler import SchedulerError, insist, job_infos, run_client
 from torchspec_hpc.slurm.watch import stop_grace_s, write_stop
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def cancel(
     tell(f"job {', '.join(jobs)}: asked for a checkpoint, for {grace_s:.0f} s at most")
     if _ends_in_time(run, jobs, grace_s + _END_S):
         return "stopped"
-    _scancel(jobs)
+    insist(lambda: _scancel(jobs))
     return "killed"
 
 
@@ -91,9 +91,18 @@ def _ends_in_time(run: RunDir, jobs: list[str], seconds: float) -> bool:
             return True
         if time.monotonic() - asked > _ASK_EVERY_S:
             asked = time.monotonic()
-            if all(info.ended for info in job_infos(jobs).values()):
+            if _have_ended(jobs):
                 return True
     return False
+
+
+def _have_ended(jobs: list[str]) -> bool:
+    """Whether Slurm says so: where it does not answer, the end by force is still to come."""
+    try:
+        return all(info.ended for info in job_infos(jobs).values())
+    except SchedulerError as error:
+        logger.warning("%s", error)
+        return False
 
 
 def _cancel_local(run: RunDir, *, now: bool, wait: bool) -> str:

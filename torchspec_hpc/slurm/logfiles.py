@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -52,7 +53,8 @@ def find_logs(run: RunDir, query: LogQuery) -> list[Path]:
     Raises:
         UserError: There are none, with what there is.
     """
-    folder = run.latest_logs if query.attempt is None else run.attempt_logs(query.attempt)
+    # resolved: a file's path must not come to mean that of the next attempt
+    folder = run.latest_logs.resolve() if query.attempt is None else run.attempt_logs(query.attempt)
     found: list[Path] = []
     for role in query.roles:
         if role == BATCH:
@@ -92,13 +94,16 @@ def follow(
 
     Args:
         find: The files; asked again and again, as an attempt may follow with files of its own.
-        positions: Where reading begins, for each file; new files are read from their beginning.
+        positions: Where reading begins, for each file; new files are read from their beginning
+            and added.
         ended: Whether the run has ended; asked once a second.
     """
     while True:
         over = ended()
-        for path in find():
-            text, positions[path] = _read_from(path, positions.get(path, 0))
+        with contextlib.suppress(UserError):  # an attempt that has just begun has no such log yet
+            positions |= {path: positions.get(path, 0) for path in find()}
+        for path in positions:  # those of the attempt before too: to their last line
+            text, positions[path] = _read_from(path, positions[path])
             if text:
                 yield path, text
         if over:
