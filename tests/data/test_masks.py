@@ -146,6 +146,11 @@ def test_what_the_template_adds_before_an_answer_is_not_supervised() -> None:
             "chat template refuses it: roles must alternate",
         ),
         (
+            templates.EMPTY_THINKING,
+            [CHAT[0], {"role": "assistant", "content": "<think>\nhm, and"}],
+            "thinking is not closed",
+        ),
+        (
             templates.WHISPERS,
             [{"role": "user", "content": "psst!"}, CHAT[1]],
             "not rendered as generated",

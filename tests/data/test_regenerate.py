@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -9,10 +10,14 @@ from typing import Any
 
 import pytest
 
-from torchspec_hpc.data.answerers import Answer, AnswerSettings, Server, start_offline
+from tests.data.templates import byte_tokenizer
+from torchspec_hpc.data.answerers import Answer, AnswerSettings, plain_answer, start_offline
 from torchspec_hpc.data.conversations import parse_row
+from torchspec_hpc.data.dialogs import Outcome
 from torchspec_hpc.data.loops import is_loop
-from torchspec_hpc.data.regenerate import Outcome, regenerate
+from torchspec_hpc.data.regenerate import regenerate
+from torchspec_hpc.data.report import BadRow
+from torchspec_hpc.data.server import Server
 from torchspec_hpc.errors import DataError
 
 SETTINGS = AnswerSettings("target")
@@ -28,6 +33,8 @@ class Parrot:
     def submit(self, request: str, messages: list[dict[str, Any]], tools: Any) -> bool:
         if messages[-1]["content"] == "endless":
             return False
+        if messages[-1]["content"] == "refused":
+            raise BadRow("chat template refuses it: no")
         self.asked[request] = messages[-1]["content"]
         self.requests.append(request)
         return True
@@ -87,12 +94,30 @@ def test_regenerates_every_assistant_turn(tmp_path: Path) -> None:
     assert parrot.max_active == 1
 
 
+def test_all_columns_of_a_row_are_kept(tmp_path: Path) -> None:
+    tool = {"name": "f", "description": "half \ud800"}
+    turns = [{"from": "human", "value": "one"}]
+    sharegpt = {"id": "a", "system": "be kind", "conversations": turns, "functions": [tool]}
+    plain = [{"id": "b", "prompt": "two"}, {"id": "c", "prompt": [turns[0]]}]
+    write(tmp_path / "in.jsonl", sharegpt, *plain)
+    assert run(tmp_path, Parrot()).done == 3
+    rows = read(tmp_path / "out.jsonl")
+    assert rows["a"]["messages"][0] == {"role": "system", "content": "be kind"}
+    assert rows["a"]["tools"] == [{"type": "function", "function": tool}]
+    for key, question in (("b", "two"), ("c", "one")):
+        said = [turn["content"] for turn in rows[key]["messages"]]
+        assert said == [question, f"re: {question}"]
+
+
 def test_cut_looping_empty_and_failed_answers_are_counted(tmp_path: Path) -> None:
     parrot = Parrot(
         {
             "cut": {"text": "half an ans", "finish_reason": "length"},
             "loop": {"tokens": [5, 6] * 100},
             "empty": {"text": "  "},
+            "musing": {"text": "<think>2+", "finish_reason": "length"},
+            "parsed": {"text": "", "reasoning_content": "2+", "finish_reason": "length"},
+            "special": {"unusable": "the answer has special tokens <|call|>"},
             "broken": {"text": "", "error": "HTTP 500"},
         }
     )
@@ -101,6 +126,8 @@ def test_cut_looping_empty_and_failed_answers_are_counted(tmp_path: Path) -> Non
         prompt("loop", "loop"),
         prompt("late-loop", "good", "loop"),
         prompt("empty", "empty"),
+        prompt("refused", "refused"),
+        *(prompt(key, key) for key in ("musing", "parsed", "special")),
         prompt("long", "endless"),
         prompt("broken", "good", "broken"),
         prompt("cut", "twice"),
@@ -109,8 +136,9 @@ def test_cut_looping_empty_and_failed_answers_are_counted(tmp_path: Path) -> Non
     ]
     write(tmp_path / "in.jsonl", *rows)
     outcome = run(tmp_path, parrot)
-    assert (outcome.done, outcome.failed, outcome.skipped) == (2, 1, 6)
+    assert (outcome.done, outcome.failed, outcome.skipped) == (2, 1, 10)
     assert outcome.adds_up
+    assert outcome.cut == "3 of 13 rows (23.1%) were cut by --max-tokens"
     done = read(tmp_path / "out.jsonl")
     assert done["cut"]["finish_reason"] == "length"
     assert [m["content"] for m in done["cut"]["messages"]] == ["cut", "half an ans"]
@@ -121,16 +149,20 @@ def test_cut_looping_empty_and_failed_answers_are_counted(tmp_path: Path) -> Non
         "loop": "loop",
         "empty": "empty",
         "long": "too_long",
-        "line-7": "duplicate id",
-        "line-8": "no turns",
-        "line-9": "a tool's results belong to calls that would change",
+        "refused": "chat template refuses it",
+        "musing": "thinking was cut by --max-tokens",
+        "parsed": "thinking was cut by --max-tokens",
+        "special": "the answer has special tokens <|call|>",
+        "line-11": "duplicate id",
+        "line-12": "no turns",
+        "line-13": "a tool's results belong to calls that would change",
     }
     failed = read(tmp_path / "out.jsonl.failed.jsonl")
     assert failed["broken"]["error"] == "HTTP 500"
     # the server is well again
     parrot.answers, parrot.requests = {}, []
     outcome = run(tmp_path, parrot)
-    assert (outcome.done, outcome.failed, outcome.skipped) == (3, 0, 6)
+    assert (outcome.done, outcome.failed, outcome.skipped) == (3, 0, 10)
     assert parrot.requests == ["broken#0", "broken#1"]
 
 
@@ -189,8 +221,12 @@ class ChatHandler(BaseHTTPRequestHandler):
         if asked == "refuse":
             self.send_error(400, "too long")
             return
-        if asked == "flaky" and len(self.server.bodies) == 1:  # type: ignore[attr-defined]
-            self.send_error(503)
+        tries = len(self.server.bodies)  # type: ignore[attr-defined]
+        if asked == "flaky" and tries <= 3:
+            if tries == 3:
+                time.sleep(2)  # longer than the client waits
+            else:
+                self.send_error(503 if tries == 1 else 429)
             return
         messages = {
             "think": {"content": "4", "reasoning_content": "2+2"},
@@ -220,12 +256,12 @@ def server() -> Iterator[ThreadingHTTPServer]:
 def test_a_server(
     tmp_path: Path, server: ThreadingHTTPServer, suffix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torchspec_hpc.data.answerers._RETRY_S", 0.01)
+    monkeypatch.setattr("torchspec_hpc.data.server._RETRY_S", 0.01)
     rows = [prompt(key, key) for key in ("flaky", "think", "inline", "refuse")]
     rows.append(prompt("call", "call", "never asked") | {"tools": [{"name": "f"}]})
     write(tmp_path / "in.jsonl", *rows)
     settings = AnswerSettings("target", concurrency=1)
-    answerer = Server(f"http://127.0.0.1:{server.server_port}{suffix}", settings)
+    answerer = Server(f"http://127.0.0.1:{server.server_port}{suffix}", settings, timeout_s=1.0)
     outcome = regenerate(tmp_path / "in.jsonl", tmp_path / "out.jsonl", settings, answerer, 60)
     assert (outcome.done, outcome.failed, outcome.skipped) == (4, 1, 0)
     found = read(tmp_path / "out.jsonl")
@@ -237,7 +273,21 @@ def test_a_server(
     assert all(parse_row(row, None) for row in found.values())
     assert "400" in read(tmp_path / "out.jsonl.failed.jsonl")["refuse"]["error"]
     body = server.bodies[0]  # type: ignore[attr-defined]
-    assert (body["model"], body["max_tokens"], body["temperature"]) == ("target", 256, 0.0)
+    assert (body["model"], body["max_tokens"], body["temperature"]) == ("target", 2048, 0.0)
+
+
+def test_special_tokens_are_no_text() -> None:
+    tokenizer = byte_tokenizer()
+
+    def taken(text: str, *, stopped: bool = True) -> tuple[str, str]:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return plain_answer(tokenizer, ids, text, stopped=stopped)
+
+    assert taken("red<|im_end|>") == ("red", "")
+    assert taken("red", stopped=False) == ("red", "")
+    text, unusable = taken("red</s>blue<|im_end|>")
+    assert text == "red</s>blue"
+    assert unusable.startswith("the answer has special tokens </s>; use --server")
 
 
 @pytest.mark.slow

@@ -84,7 +84,9 @@ def regenerate(
     server: Annotated[
         str | None, typer.Option(help="URL of an OpenAI-compatible server; default: vLLM here.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest answer, thinking included.")
+    ] = 2048,
     temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="1: off.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of every request; no effect when greedy.")] = 0,
@@ -100,6 +102,9 @@ def regenerate(
         str,
         typer.Option(help='JSON of variables of the chat template: {"enable_thinking": false}.'),
     ] = "{}",
+    timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds that --server may take for an answer.")
+    ] = 600.0,
     max_minutes: Annotated[float, typer.Option(help="Then no new row is begun.")] = 1e9,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that the model brings along.")
@@ -108,8 +113,9 @@ def regenerate(
     """Have the target answer prompts, or the questions of conversations, anew."""
     import os
 
-    from torchspec_hpc.data.answerers import AnswerSettings, Server, start_offline
+    from torchspec_hpc.data.answerers import AnswerSettings, start_offline
     from torchspec_hpc.data.regenerate import regenerate as run
+    from torchspec_hpc.data.server import Server
 
     settings = AnswerSettings(
         model,
@@ -122,7 +128,7 @@ def regenerate(
         _json_object(template_kwargs),
     )
     answerer = (
-        Server(server, settings, os.environ.get("OPENAI_API_KEY", ""))
+        Server(server, settings, os.environ.get("OPENAI_API_KEY", ""), timeout)
         if server
         else start_offline(
             settings,
@@ -138,6 +144,7 @@ def regenerate(
         f"{outcome.done} done + {outcome.failed} failed + {outcome.skipped} skipped "
         f"+ {outcome.not_started} not started = {outcome.num_input} rows"
     )
+    print(outcome.cut)
     if outcome.failed:
         raise typer.Exit(1)
 

@@ -1,25 +1,22 @@
-"""Who answers: vLLM in this process, or a server that speaks OpenAI's protocol."""
+"""Who answers: vLLM in this process; for a server see :mod:`torchspec_hpc.data.server`."""
 
 from __future__ import annotations
 
-import json
 import os
-import queue
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from torchspec_hpc.data.loops import WINDOW_TOKENS, is_loop
-from torchspec_hpc.data.messages import REASONING_KEYS, Message
+from torchspec_hpc.data.messages import Message
+from torchspec_hpc.data.report import BadRow
+from torchspec_hpc.data.template import refusals
 from torchspec_hpc.errors import ConfigError
 
 Tools = list[dict[str, Any]] | None
 
-_TRIES, _RETRY_S = 4, 2.0
+#: Special tokens to some tokenizers, text to all templates.
+_THOUGHT_MARKS = ("<think>", "</think>")
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class AnswerSettings:
     """
 
     model: str
-    max_tokens: int = 256
+    max_tokens: int = 2048
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
@@ -52,7 +49,13 @@ class AnswerSettings:
 
 
 class Answer(NamedTuple):
-    """What was said to a request; `tokens` may be words where ids are not known."""
+    """What was said to a request.
+
+    Attributes:
+        tokens: Words where ids are not known.
+        unusable: Why it is nothing to learn from, if the answerer can tell.
+        error: Why there is none.
+    """
 
     request: str
     text: str
@@ -60,6 +63,7 @@ class Answer(NamedTuple):
     finish_reason: str
     reasoning_content: str = ""
     tool_calls: Sequence[dict[str, Any]] = ()
+    unusable: str = ""
     error: str = ""
 
 
@@ -67,7 +71,11 @@ class Answerer(Protocol):
     """Answers many requests at once."""
 
     def submit(self, request: str, messages: list[Message], tools: Tools) -> bool:
-        """Asks; False if the prompt leaves no room for an answer."""
+        """Asks; False if the prompt leaves no room for an answer.
+
+        Raises:
+            BadRow: These messages cannot be asked.
+        """
 
     def collect(self) -> list[Answer]:
         """Answers that are there, after waiting a while if there is none."""
@@ -87,21 +95,27 @@ class OfflineEngine:
 
     def __init__(self, engine: Any, tokenizer: Any, settings: AnswerSettings) -> None:
         self._engine, self._tokenizer, self._settings = engine, tokenizer, settings
+        self._thinking: set[str] = set()  # requests whose prompt opens the thinking
         self._num_tokens = 0
 
     def submit(self, request: str, messages: list[Message], tools: Tools) -> bool:
-        """Asks; False if the prompt leaves no room for an answer."""
+        """Asks; False if the prompt leaves no room for an answer.
+
+        Raises:
+            BadRow: The chat template or vLLM refuses the messages.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         settings = self._settings
-        ids = self._tokenizer.apply_chat_template(
-            messages,
-            tools=tools,
-            add_generation_prompt=True,
-            return_dict=False,
-            **settings.chat_template_kwargs,
-        )
+        with refusals():
+            ids = self._tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                add_generation_prompt=True,
+                return_dict=False,
+                **settings.chat_template_kwargs,
+            )
         if len(ids) + settings.max_tokens > self._engine.model_config.max_model_len:
             return False
         params = SamplingParams(
@@ -109,9 +123,15 @@ class OfflineEngine:
             top_p=settings.top_p,
             max_tokens=settings.max_tokens,
             seed=settings.seed,
+            skip_special_tokens=False,  # without them tool calls of gpt-oss look like text
             output_kind=RequestOutputKind.CUMULATIVE,
         )
-        self._engine.add_request(request, {"prompt_token_ids": ids}, params)
+        try:
+            self._engine.add_request(request, {"prompt_token_ids": ids}, params)
+        except ValueError as error:
+            raise BadRow(f"vLLM refuses it: {error}") from error
+        if self._tokenizer.decode(ids[-8:]).rstrip().endswith("<think>"):
+            self._thinking.add(request)
         return True
 
     def collect(self) -> list[Answer]:
@@ -125,14 +145,41 @@ class OfflineEngine:
                 if not is_loop(said.token_ids):
                     continue
                 self._engine.abort_request([output.request_id])
-            self._num_tokens += len(said.token_ids)
-            text, reason = _with_opened_thought(said.text), str(said.finish_reason)
-            answers.append(Answer(output.request_id, text, said.token_ids, reason))
+            answers.append(self._received(output.request_id, said))
         return answers
+
+    def _received(self, request: str, said: Any) -> Answer:
+        ids, reason = list(said.token_ids), str(said.finish_reason)
+        self._num_tokens += len(ids)
+        text, unusable = plain_answer(self._tokenizer, ids, said.text, stopped=reason == "stop")
+        if request in self._thinking:
+            self._thinking.remove(request)
+            text = text if text.lstrip().startswith("<think>") else f"<think>{text}"
+        return Answer(request, text, ids, reason, unusable=unusable)
 
     def speed(self, seconds: float) -> str:
         """Tokens/s, for the log."""
         return f"{self._num_tokens / seconds:.0f} tokens/s"
+
+
+def plain_answer(tokenizer: Any, ids: list[int], text: str, *, stopped: bool) -> tuple[str, str]:
+    """An answer without its end of turn, and why it is no plain text (empty: it is).
+
+    Args:
+        tokenizer: Of the target.
+        ids: Generated.
+        text: Of them, special tokens included.
+        stopped: Whether the model ended it; then the last token is the end of turn.
+    """
+    special = set(tokenizer.all_special_ids)
+    special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    if stopped and ids and ids[-1] in special:
+        text, ids = text.removesuffix(tokenizer.decode(ids[-1:])), ids[:-1]
+    found = tokenizer.convert_ids_to_tokens(sorted(special.intersection(ids)))
+    if found := [token for token in found if token not in _THOUGHT_MARKS]:
+        told = f"the answer has special tokens {', '.join(found)}"
+        return text, f"{told}; use --server with the model's parsers"
+    return text, ""
 
 
 def start_offline(
@@ -168,81 +215,3 @@ def start_offline(
     else:
         options["tensor_parallel_size"] = tp_size
     return OfflineEngine(LLMEngine.from_engine_args(EngineArgs(**options)), tokenizer, settings)
-
-
-class Server:
-    """A server with ``/v1/chat/completions``.
-
-    Args:
-        url: Of the server, e.g. ``http://node:8000``.
-        settings: Of the answers.
-        api_key: Sent as a bearer token; empty: none.
-    """
-
-    def __init__(self, url: str, settings: AnswerSettings, api_key: str = "") -> None:
-        self._url = f"{url.rstrip('/').removesuffix('/v1')}/v1/chat/completions"
-        self._settings, self._api_key = settings, api_key
-        self._pool = ThreadPoolExecutor(settings.concurrency, "ask")
-        self._answers: queue.SimpleQueue[Answer] = queue.SimpleQueue()
-        self._num_tokens = 0
-
-    def submit(self, request: str, messages: list[Message], tools: Tools) -> bool:
-        """Asks; a prompt without room comes back as an error of the server."""
-        body: dict[str, Any] = self._settings.provenance() | {"messages": list(messages)}
-        del body["keep_loops"]
-        if not body["chat_template_kwargs"]:  # vLLM and SGLang know them, others may not
-            del body["chat_template_kwargs"]
-        body |= {"tools": tools} if tools else {}
-        self._pool.submit(self._ask, request, body)
-        return True
-
-    def collect(self) -> list[Answer]:
-        """Waits for one answer and takes all that are there."""
-        answers = [self._answers.get()]
-        while not self._answers.empty():
-            answers.append(self._answers.get())
-        return answers
-
-    def speed(self, seconds: float) -> str:
-        """Tokens/s, for the log."""
-        return f"{self._num_tokens / seconds:.0f} tokens/s"
-
-    def _ask(self, request: str, body: dict[str, Any]) -> None:
-        try:
-            answer = self._received(request, self._post(body))
-        # whatever a server sends must end this request, not hang the wait for its answer
-        except Exception as error:  # noqa: BLE001
-            answer = Answer(request, "", (), "failed", error=f"{type(error).__name__}: {error}")
-        self._answers.put(answer)
-
-    def _post(self, body: dict[str, Any]) -> dict[str, Any]:
-        headers = {"Content-Type": "application/json"}
-        headers |= {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
-        data = json.dumps(body).encode()
-        for tries_left in reversed(range(_TRIES)):
-            try:
-                request = urllib.request.Request(self._url, data, headers)  # noqa: S310
-                with urllib.request.urlopen(request) as response:  # noqa: S310
-                    answer: dict[str, Any] = json.load(response)
-                    return answer
-            except urllib.error.URLError as error:  # noqa: PERF203
-                refused = isinstance(error, urllib.error.HTTPError) and error.code < 500
-                if refused or not tries_left:
-                    raise
-                time.sleep(_RETRY_S)
-        raise AssertionError
-
-    def _received(self, request: str, body: dict[str, Any]) -> Answer:
-        choice = body["choices"][0]
-        message = choice["message"]
-        self._num_tokens += body.get("usage", {}).get("completion_tokens", 0)
-        text = _with_opened_thought(message.get("content") or "")
-        thoughts = [message[key] for key in REASONING_KEYS if message.get(key)]
-        reason = "stop" if message.get("tool_calls") else choice["finish_reason"]
-        calls = message.get("tool_calls") or ()
-        return Answer(request, text, text.split(), reason, "".join(thoughts[:1]), calls)
-
-
-def _with_opened_thought(text: str) -> str:
-    """Where the prompt opens thinking (DeepSeek R1), only its end is in the answer."""
-    return f"<think>{text}" if "</think>" in text and "<think>" not in text else text

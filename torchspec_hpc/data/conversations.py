@@ -64,11 +64,11 @@ def parse_row(row: Any, prompt_key: str | None) -> Conversation | Tokens | Text:
     )
 
 
-def _conversation(row: Mapping[str, Any], column: str) -> Conversation:
-    """Turns in OpenAI form.
+def conversation_of(row: Mapping[str, Any], column: str) -> Conversation:
+    """All turns of a row in OpenAI form, the ``system`` column before them, and its tools.
 
-    Those after the assistant's last one are left out: nothing in them is trained on, and templates
-    that shorten history would treat the answer before them as history.
+    Raises:
+        BadRow: With the reason.
     """
     turns = row[column]
     if not isinstance(turns, list):
@@ -78,12 +78,22 @@ def _conversation(row: Mapping[str, Any], column: str) -> Conversation:
         messages.insert(
             0, {"role": "system", "content": plain_text(row["system"], "system column")}
         )
+    return Conversation(messages, tool_definitions(row.get("tools") or row.get("functions")))
+
+
+def _conversation(row: Mapping[str, Any], column: str) -> Conversation:
+    """What can be trained on.
+
+    Turns after the assistant's last one are left out: nothing in them is trained on, and templates
+    that shorten history would treat the answer before them as history.
+    """
+    messages, tools = conversation_of(row, column)
     while messages and messages[-1]["role"] != "assistant":
         messages.pop()
     if not messages:
         raise BadRow("no assistant turn")
     _check_order(messages)
-    return Conversation(messages, tool_definitions(row.get("tools") or row.get("functions")))
+    return Conversation(messages, tools)
 
 
 def _check_order(messages: list[Message]) -> None:

@@ -19,7 +19,8 @@ def as_wanted(message: Message, form: AnswerForm) -> Message:
     """A message in the form that a template takes.
 
     Raises:
-        BadRow: The template would leave out its images, its thinking or its tool calls.
+        BadRow: The template would leave out its images, its thinking or its tool calls, or its
+            thinking has no end.
     """
     if isinstance(message["content"], list) and not form.shows_images:
         raise BadRow("chat template shows no images: the row has some")
@@ -42,7 +43,14 @@ def as_wanted(message: Message, form: AnswerForm) -> Message:
 
 
 def _split_thought(message: Message) -> None:
-    """Takes thinking at the beginning of an answer out of its text."""
+    """Takes thinking at the beginning of an answer out of its text.
+
+    Raises:
+        BadRow: It has no end.
+    """
+    content = message["content"].lstrip()
+    if content.startswith("<think>") and "</think>" not in content:
+        raise BadRow("thinking is not closed: an answer begins with <think>, without </think>")
     if found := _INLINE_THOUGHT.match(message["content"]):
         message["content"] = message["content"][found.end() :]
         if found[1].strip():

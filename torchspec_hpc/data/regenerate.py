@@ -7,8 +7,9 @@ the target is asked for each assistant turn, one after the other.
 * Every input row ends in one of three files: ``OUTPUT`` (done), ``OUTPUT.skipped.jsonl`` (nothing
   to learn from, with its reason) or ``OUTPUT.failed.jsonl`` (the server could not answer; the next
   call tries again).
-* A row cut by ``max_tokens`` ends with the cut answer and has ``"finish_reason": "length"``; one
-  that runs in circles ends before that turn, with ``"finish_reason": "loop"``.
+* A row cut by ``max_tokens`` ends with the cut answer and has ``"finish_reason": "length"``. One
+  whose answer runs in circles (``"finish_reason": "loop"``), was cut while the target still
+  thought, or is no plain text, ends before that turn.
 * ``OUTPUT.provenance.json`` says which model answered with which sampling parameters; a call with
   others is refused.
 """
@@ -18,18 +19,15 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torchspec_hpc
 from torchspec_hpc.config.rundir import write_atomic
-from torchspec_hpc.data.answerers import Answer, Answerer, AnswerSettings
-from torchspec_hpc.data.conversations import COLUMNS
-from torchspec_hpc.data.loops import is_loop
-from torchspec_hpc.data.messages import Message, message_of, tool_definitions
+from torchspec_hpc.data.answerers import Answerer, AnswerSettings
+from torchspec_hpc.data.conversations import COLUMNS, conversation_of
+from torchspec_hpc.data.dialogs import Dialog, Outcome, up_to_user
 from torchspec_hpc.data.report import BadRow
 from torchspec_hpc.data.rows import Row, read_rows, value_of
 from torchspec_hpc.errors import DataError
@@ -37,84 +35,7 @@ from torchspec_hpc.errors import DataError
 logger = logging.getLogger(__name__)
 
 _LOG_INTERVAL_S = 60.0
-
-
-@dataclass
-class Dialog:
-    """One row on its way: its messages so far and the turns still to ask."""
-
-    id: str
-    source: str
-    messages: list[Message]  # ends with the user turn that waits for its answer
-    pending: list[Message]
-    tools: list[dict[str, Any]] | None = None
-    num_answers: int = 0
-    finish_reason: str = "stop"
-    error: str = ""
-
-    def take(self, answer: Answer, *, keep_loops: bool) -> bool:
-        """Takes the answer to the last turn; returns whether there is another turn to ask."""
-        loops = not keep_loops and is_loop(answer.tokens)
-        if answer.error or loops or not (answer.text.strip() or answer.tool_calls):
-            self.error = answer.error
-            self.end("failed" if answer.error else "loop" if loops else "empty")
-            return False
-        message: Message = {"role": "assistant", "content": answer.text.strip()}
-        for key in ("reasoning_content", "tool_calls"):
-            if value := getattr(answer, key):
-                message[key] = value
-        self.messages.append(message)
-        self.num_answers += 1
-        self.finish_reason = answer.finish_reason
-        # what a tool would say to another call than the one in the data is not known
-        goes_on = answer.finish_reason == "stop" and not answer.tool_calls
-        asked, self.pending = _up_to_user(self.pending) if goes_on else ([], [])
-        self.messages += asked
-        return bool(asked)
-
-    def end(self, reason: str) -> None:
-        """Ends before the last turn; a row without any answer keeps it, to show the prompt."""
-        self.finish_reason = reason
-        if self.num_answers:
-            while self.messages[-1]["role"] != "assistant":
-                self.messages.pop()
-
-    @property
-    def outcome(self) -> str:
-        """``done``, ``failed`` or ``skipped``."""
-        if self.finish_reason == "failed":
-            return "failed"
-        return "done" if self.num_answers else "skipped"
-
-    def row(self) -> dict[str, Any]:
-        """The output row; a finish reason other than ``stop`` is part of it."""
-        row: dict[str, Any] = {"id": self.id, "source": self.source, "messages": self.messages}
-        row |= {"tools": self.tools} if self.tools else {}
-        row |= {"error": self.error} if self.error else {}
-        return row if self.finish_reason == "stop" else row | {"finish_reason": self.finish_reason}
-
-
-@dataclass
-class Outcome:
-    """What became of the input: ``done + failed + skipped + not_started == num_input``."""
-
-    num_input: int = 0
-    done: int = 0
-    failed: int = 0
-    skipped: int = 0
-    not_started: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-
-    def count(self, dialog: Dialog) -> None:
-        """One more row has ended."""
-        setattr(self, dialog.outcome, getattr(self, dialog.outcome) + 1)
-        self.reasons[f"{dialog.outcome}: {dialog.finish_reason}"] += 1
-
-    @property
-    def adds_up(self) -> bool:
-        """Whether every row of the input is accounted for."""
-        ended = self.done + self.failed + self.skipped
-        return ended + self.not_started == self.num_input
+_PROMPT = "prompt"  # a column of one question, or of turns
 
 
 def regenerate(
@@ -172,26 +93,20 @@ def _todo(source: Path, ended: dict[str, set[str]], result: Outcome) -> Iterator
 
 def _dialog(row: Row, source: str) -> Dialog:
     value = value_of(row)
-    turns = (
-        next((value[c] for c in COLUMNS if value.get(c)), None) if isinstance(value, dict) else 0
-    )
-    if not isinstance(turns, list):
-        raise BadRow(f"no turns: expected a list as {' or '.join(COLUMNS)}")
-    messages = [message_of(turn, number) for number, turn in enumerate(turns, start=1)]
+    columns = (*COLUMNS, _PROMPT)
+    found = [c for c in columns if value.get(c)] if isinstance(value, dict) else []
+    if not found:
+        raise BadRow(f"no turns: expected one of the columns {', '.join(columns)}")
+    if found[0] == _PROMPT and isinstance(value[_PROMPT], str):
+        value = value | {_PROMPT: [{"role": "user", "content": value[_PROMPT]}]}
+    messages, tools = conversation_of(value, found[0])
     if any(message["role"] == "tool" for message in messages):
         raise BadRow("a tool's results belong to calls that would change")
-    asked, pending = _up_to_user([m for m in messages if m["role"] != "assistant"])
+    asked, pending = up_to_user([m for m in messages if m["role"] != "assistant"])
     if not asked:
         raise BadRow("no user turn: there is nothing to answer")
     key = str(value.get("id") or f"line-{row.line}")
-    tools = tool_definitions(value.get("tools"))
     return Dialog(key, str(value.get("source") or source), asked, pending, tools)
-
-
-def _up_to_user(turns: list[Message]) -> tuple[list[Message], list[Message]]:
-    """Splits turns behind the first user turn; the first part is empty if there is none."""
-    end = next((i + 1 for i, turn in enumerate(turns) if turn["role"] == "user"), 0)
-    return turns[:end], turns[end:]
 
 
 def _answer(
@@ -224,9 +139,14 @@ def _answer(
 
 
 def _ask(dialog: Dialog, answerer: Answerer, active: dict[str, Dialog]) -> bool:
-    """Asks the next turn; False, and the row ends, if the prompt leaves no room for an answer."""
+    """Asks the next turn; False, and the row ends, if that cannot be asked."""
     request = f"{dialog.id}#{dialog.num_answers}"
-    if not answerer.submit(request, dialog.messages, dialog.tools):
+    try:
+        has_room = answerer.submit(request, dialog.messages, dialog.tools)
+    except BadRow as error:
+        dialog.end(str(error))
+        return False
+    if not has_room:
         dialog.end("too_long")
         return False
     active[request] = dialog
@@ -277,5 +197,6 @@ def _require_same_settings(output: Path, source: Path, settings: AnswerSettings)
 
 def _append(path: Path, row: dict[str, Any]) -> None:
     """Appends one JSON line; what was there before stays whatever happens."""
-    with path.open("a", encoding="utf-8") as file:
+    # half of a surrogate pair, which UTF-8 cannot take, becomes JSON's own escape
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")

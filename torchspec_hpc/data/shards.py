@@ -30,7 +30,7 @@ from torchspec_hpc.data.sample import Sample
 from torchspec_hpc.errors import ConfigError, DataError
 
 #: Part of every key. Count up when the same input gives other samples than before.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 INDEX, REPORT = "index.safetensors", "report.json"
 
 #: What is known of each sample, beside its tokens.

@@ -64,7 +64,7 @@ class Template:
     ) -> tuple[str, list[Span]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        with _refusals():
+        with refusals():
             [text], blocks = render_jinja_template(
                 conversations=[messages],
                 tools=tools,
@@ -84,7 +84,7 @@ def num_shared(a: str, b: str) -> int:
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
+def refusals() -> Iterator[None]:
     """Turns what a template does to a conversation it does not like into :class:`BadRow`."""
     try:
         yield
