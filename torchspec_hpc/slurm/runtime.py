@@ -15,6 +15,9 @@ from pathlib import Path
 from torchspec_hpc.config.rundir import RunDir, cache_dir
 from torchspec_hpc.config.schema import Config
 
+#: Variables that name where the Hugging Face hub's files are.
+_HUB_CACHES = ("HF_HOME", "HF_HUB_CACHE")
+
 
 class Runtime:
     """The runtime of a run.
@@ -22,10 +25,12 @@ class Runtime:
     Args:
         config: The run's settings.
         run: The run.
+        code: Folder of this package; None: the run's own copy.
     """
 
-    def __init__(self, config: Config, run: RunDir) -> None:
+    def __init__(self, config: Config, run: RunDir, code: Path | None = None) -> None:
         self._config, self._run = config, run
+        self._code = code or run.code
         self._runtime = config.slurm.runtime
 
     @property
@@ -68,7 +73,7 @@ class Runtime:
         return [
             f"--container-image={self._runtime.path}",
             f"--container-mounts={mounts}",
-            f"--container-workdir={self._run.code}",
+            f"--container-workdir={self._code}",
             *self._runtime.options,
         ]
 
@@ -104,10 +109,15 @@ class Runtime:
             config.model.draft_model_config,
         ]
         wanted = [Path(file).parent for file in files if file]
-        wanted += [Path(config.output_dir), cache_dir(config), self._run.logs.parent]
-        for path in (config.model.target_model_path, config.training.load_path):
-            if path and Path(path).is_absolute():
-                wanted.append(Path(path))
+        wanted += [Path(config.output_dir), cache_dir(config), self._run.logs.parent, self._code]
+        folders = [
+            config.model.target_model_path,
+            config.model.initial_draft,
+            config.training.load_path,
+            config.inference.cache_dir,
+            *(config.slurm.environment.get(name) for name in _HUB_CACHES),
+        ]
+        wanted += [Path(folder) for folder in folders if folder and Path(folder).is_absolute()]
         wanted += map(Path, self._runtime.mounts)
         tops = {p for p in wanted if not any(q != p and q in p.parents for q in wanted)}
         return sorted(map(str, tops))
