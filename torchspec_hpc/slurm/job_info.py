@@ -15,6 +15,8 @@ ENDED = frozenset(
         "PREEMPTED", "REVOKED", "TIMEOUT", GONE,
     }
 )  # fmt: skip
+#: Of these, the ones that neither a person nor a limit brought about.
+_FAILED = frozenset({"BOOT_FAIL", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"})
 
 #: Fields that are asked for.
 SQUEUE_FIELDS = (
@@ -54,6 +56,11 @@ class JobInfo:
     def ended(self) -> bool:
         """Whether nothing will happen to this job any more."""
         return self.state in ENDED
+
+    @property
+    def failed(self) -> bool:
+        """Whether its batch script failed or its node did, with nobody's intent."""
+        return self.state in _FAILED
 
 
 def parse_squeue(

@@ -185,6 +185,8 @@ def _ended(run: RunDir, info: JobInfo | None) -> tuple[str, str]:
     reason = said.get("reason") or said["message"].splitlines()[0]
     if run.cancelled.exists():
         return "cancelled", reason
+    if info and info.failed and info.exit_code != said["exit_code"]:
+        return "failed", slurm  # before its supervisor came to say so: that is of an earlier end
     if said["exit_code"] == EXIT_REQUEUE:
         return "stopped", reason
     return "failed", said["message"].splitlines()[0]
