@@ -20,11 +20,13 @@ from torchspec_hpc.config.rundir import write_atomic
 from torchspec_hpc.errors import ConfigError, TorchspecError
 from torchspec_hpc.slurm import watch
 from torchspec_hpc.slurm.attempts import Attempt, History
+from torchspec_hpc.slurm.cost import run_cost
 from torchspec_hpc.slurm.failures import read_failures, root_cause
 from torchspec_hpc.slurm.job import Job, JobFate, read_fate
 from torchspec_hpc.slurm.job_info import JobInfo
 from torchspec_hpc.slurm.local import LocalLauncher, split_gpus
 from torchspec_hpc.slurm.processes import Child
+from torchspec_hpc.slurm.record import RunRecord
 from torchspec_hpc.slurm.requeue import Ending, Rules, decide
 from torchspec_hpc.slurm.services import Services
 from torchspec_hpc.slurm.srun import own_ip
@@ -151,6 +153,20 @@ def test_history_survives_attempts_that_were_killed(tmp_path: Path) -> None:
     assert [a.exit_code for a in third.attempts] == [85, 1, None]
     assert third.attempts[1].made_progress
     assert not third.attempts[2].made_progress
+
+
+def test_a_killed_attempt_ends_with_its_last_line(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "r", Plan()).dir
+    RunRecord(run.run_id, "local").write(run)
+    started = History(run).begin(None).started
+    log = run.attempt_logs(0) / "supervisor.log"
+    log.parent.mkdir(parents=True)
+    log.touch()
+    os.utime(log, (0, started + 7200))
+    assert run_cost(run).hours == pytest.approx(2)
+    second = History(run)
+    second.begin(None)
+    assert second.attempts[0].ended == pytest.approx(started + 7200)
 
 
 def test_last_logged_step(tmp_path: Path) -> None:

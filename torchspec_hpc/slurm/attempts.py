@@ -41,6 +41,13 @@ class Attempt:
         return self.last_step is not None and self.last_step > self.first_step
 
 
+def last_sign(run: RunDir, attempt: Attempt) -> float:
+    """When the newest attempt last wrote to its logs or metrics, seconds since the epoch."""
+    files = [run.metrics, *run.attempt_logs(attempt.number).rglob("*.log")]
+    times = [path.stat().st_mtime for path in files if path.exists()]
+    return max([attempt.started, *times])
+
+
 class History:
     """All attempts of a run, the one that runs now last."""
 
@@ -54,7 +61,8 @@ class History:
         """Adds an attempt that starts now."""
         step = latest_step(self._run)
         if self.attempts and self.attempts[-1].ended is None:
-            self._replace_last(step, EXIT_CRASH, "killed before it could say why")
+            ended = last_sign(self._run, self.attempts[-1])
+            self._replace_last(step, EXIT_CRASH, "killed before it could say why", ended)
         number = self.attempts[-1].number + 1 if self.attempts else 0
         attempt = Attempt(number, job_id, time.time(), first_step=step)
         self.attempts.append(attempt)
@@ -63,14 +71,14 @@ class History:
 
     def end(self, exit_code: int, reason: str) -> None:
         """Completes the last attempt."""
-        self._replace_last(latest_step(self._run), exit_code, reason)
+        self._replace_last(latest_step(self._run), exit_code, reason, time.time())
         self._save()
 
-    def _replace_last(self, step: int, exit_code: int, reason: str) -> None:
+    def _replace_last(self, step: int, exit_code: int, reason: str, ended: float) -> None:
         self.attempts[-1] = replace(
             self.attempts[-1],
             last_step=step,
-            ended=time.time(),
+            ended=ended,
             exit_code=exit_code,
             reason=reason,
         )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torchspec_hpc.config.load import load_config
 from torchspec_hpc.config.rundir import RunDir
-from torchspec_hpc.slurm.attempts import History
+from torchspec_hpc.slurm.attempts import History, last_sign
 from torchspec_hpc.slurm.record import require_run
 from torchspec_hpc.slurm.shape import components, total_gpus
 from torchspec_hpc.slurm.status import last_record
@@ -48,8 +47,8 @@ class Cost:
 def run_cost(run: RunDir) -> Cost:
     """Adds up the attempts of a run.
 
-    The sizes are those of its present configuration.  An attempt that was killed before it
-    could say so ends, for this sum, when the next one begins.
+    The sizes are those of its present configuration.  An attempt that runs, or was killed
+    before it could say so, ends for this sum when it last wrote to its logs or metrics.
 
     Raises:
         UserError: There is no such run.
@@ -57,7 +56,7 @@ def run_cost(run: RunDir) -> Cost:
     require_run(run)
     config = load_config(run.config)
     attempts = History(run).attempts
-    hours = sum((a.ended or time.time()) - a.started for a in attempts) / 3600
+    hours = sum((a.ended or last_sign(run, a)) - a.started for a in attempts) / 3600
     num_nodes, num_gpus = sum(c.num_nodes for c in components(config)), total_gpus(config)
     steps = int(last_record(run).get("step", 0))
     gpu_hours = hours * num_gpus
