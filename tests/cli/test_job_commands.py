@@ -55,7 +55,12 @@ def test_a_job_that_waits(login_node: Cluster, held: Path, ask: Command) -> None
     assert status["state"] == "cancelled"
     assert ask("cancel", run)["outcome"] == "nothing to cancel"
 
-    again = ask("resume", run, "training.seed=3")
+    link = run.parent.with_name("link")
+    link.symlink_to(run.parent)
+    again = ask("resume", link / run.name, "training.seed=3")
+    for change in ([], [f"output_dir={link}"]):
+        with pytest.raises(UserError, match=f"waits or runs as job {again['job_id']}"):
+            invoke("resume", link / run.name, *change)
     assert again["job_id"] != job
     assert "seed: 3" in (run / "config.yaml").read_text()
     assert ask("status", run)[0]["state"] == "queued"

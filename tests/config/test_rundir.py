@@ -21,6 +21,11 @@ def test_logs_can_be_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         _ = run.logs
 
 
+def test_one_path_has_one_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert RunDir("x/../runs/./one").run_id == RunDir(tmp_path / "runs" / "one").run_id
+
+
 def test_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the run directory"):

@@ -143,9 +143,10 @@ def resume(run_dir: RunPath, overrides: Overrides = None, json: Json = False) ->
     run = RunDir(run_dir)
     require_run(run)
     config = load_config(run.config, overrides or ())
-    if run_directory(config).root != run.root:
+    configured = run_directory(config).root
+    if not (configured.exists() and configured.samefile(run.root)):
         raise UserError(
-            f"{run.config} belongs to {run_directory(config).root}",
+            f"{run.config} belongs to {configured}",
             hint="was the run moved? set output_dir and run_name to where it is now",
         )
     if config.cluster == "local":

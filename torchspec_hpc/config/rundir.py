@@ -23,7 +23,8 @@ class RunDir:
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = Path(root).absolute()
+        # without "..", so that run_id is the same; links stay, which users know the path by
+        self.root = Path(os.path.abspath(root))  # noqa: PTH100
 
         self.config = self.root / "config.yaml"
         self.provenance = self.root / "provenance.json"

@@ -64,8 +64,9 @@ def open_jobs(run: RunDir) -> list[str]:
         UserError: There is no Slurm here.
         SchedulerError: The controller does not answer.
     """
-    jobs = set(find_jobs(comment=run.run_id))
     record = RunRecord.read(run)
+    # the id that its job was given: the path may be spelled otherwise now
+    jobs = set(find_jobs(comment=record.run_id if record else run.run_id))
     if record is None or record.cluster != "slurm":
         return sorted(jobs)
     known = record.job_id
