@@ -58,8 +58,10 @@ def test_inspect_names_bad_rows(config: Path, tmp_path: Path) -> None:
         call("inspect", path, "--config", config)
     share = "dataset.max_rejected_share=0.1"
     assert "broken JSON" in call("inspect", path, share, "--config", config, "--samples", "0")
-    with pytest.raises(DataError, match="1 of 41 rows"):
-        call("prepare", config, share, "--strict")
+    folder = call("prepare", config, share).splitlines()[2].strip()
+    for again in (["prepare", config, share], ["inspect", folder, "--config", config]):
+        with pytest.raises(DataError, match="1 of 41 rows"):
+            call(*again, "--strict")
 
 
 @pytest.mark.parametrize(

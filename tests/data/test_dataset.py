@@ -350,6 +350,30 @@ def test_text_and_tokens(tmp_path: Path, model: ModelConfig) -> None:
     assert prepared[1].loss_mask.tolist() == tokens["loss_mask"]
 
 
+def test_shards_are_bounded_in_bytes(
+    tmp_path: Path, model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    monkeypatch.setattr(encode, "SHARD_BYTES", 1000)
+    array, table = tmp_path / "a.json", tmp_path / "b.parquet"
+    array.write_text(json.dumps(GOOD))
+    parquet.write_table(pa.Table.from_pylist(GOOD), table)
+    for path in (array, table, write_jsonl(tmp_path / "c.jsonl", GOOD)):
+        assert len(list(encode.read_chunks([path]))) >= 3
+
+
+def test_ids_outside_the_vocabulary(tmp_path: Path, tiny_target: Path) -> None:
+    size = json.loads((tiny_target / "config.json").read_text())["vocab_size"]
+    rows = [{"input_ids": [5] * 8 + [last], "loss_mask": [0] * 7 + [1, 1]} for last in (0, size)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    target = ModelConfig(target_model_path=str(tiny_target))
+    prepared = prepare(path, target, tmp_path / "cache", max_rejected_share=0.5)
+    reason = f"token id outside the vocabulary: {size} of {size}"
+    assert list(prepared.report.examples.values()) == [Rejection(str(path), 2, reason)]
+
+
 def test_a_mask_of_ones(tmp_path: Path, model: ModelConfig) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"input_ids": [5] * 9, "loss_mask": [1] * 9}] * 2)
     with pytest.raises(DataError, match="true for every token of every sample"):

@@ -62,11 +62,14 @@ def inspect(
     from rich.console import Console
 
     from torchspec_hpc.config import load_config
+    from torchspec_hpc.data.dataset import require_usable
     from torchspec_hpc.data.shards import INDEX, TokenDataset
 
     settings = load_config(config, _options(overrides, strict))
     is_prepared = (Path(source) / INDEX).is_file()
     dataset = TokenDataset(Path(source)) if is_prepared else _prepare(settings, source)
+    if is_prepared and strict:
+        require_usable(dataset, settings.dataset.max_rejected_share, source)
     console = Console(highlight=False)
     _print_samples(console, settings, dataset, samples, seed, max_tokens)
     summary = _summarize(settings, dataset, tokens_per_s)

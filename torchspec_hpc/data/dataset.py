@@ -47,8 +47,10 @@ from torchspec_hpc.data.shards import (
 )
 from torchspec_hpc.data.sources import dataset_key, files_of, signature
 from torchspec_hpc.errors import ConfigError, DataError
+from torchspec_hpc.target.files import model_file
+from torchspec_hpc.target.spec import TargetSpec
 
-__all__ = ["TokenDataset", "prepare_dataset"]
+__all__ = ["TokenDataset", "prepare_dataset", "require_usable"]
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +84,8 @@ def prepare_dataset(
     """
     files = files_of(str(path))
     before = [signature(file) for file in files]
-    job = Preparation(files, dataset, model, max_seq_length, cache_dir)
+    vocab_size = _vocab_size(model.target_model_path)
+    job = Preparation(files, dataset, model, max_seq_length, cache_dir, vocab_size)
     encoder = job.encoder()
     key = dataset_key(
         files,
@@ -92,6 +95,7 @@ def prepare_dataset(
         fingerprint=encoder.fingerprint(),
         prompt_key=dataset.prompt_key,
         max_seq_length=max_seq_length,
+        vocab_size=vocab_size,
         min_loss_tokens=dataset.min_loss_tokens,
         unique_ids=dataset.unique_ids,
     )
@@ -105,8 +109,14 @@ def prepare_dataset(
             )
     prepared = TokenDataset(folder)
     logger.info("%s: %s", path, prepared.report.summary())
-    _require_usable(prepared.report, dataset.max_rejected_share, str(path), folder)
+    require_usable(prepared, dataset.max_rejected_share, str(path))
     return prepared
+
+
+def _vocab_size(model_path: str) -> int | None:
+    """Tokens that the target knows; None where there is a tokenizer alone."""
+    has_config = model_file(model_path, "config.json") is not None
+    return TargetSpec.from_path(model_path).vocab_size if has_config else None
 
 
 def _prepare(job: Preparation, encoder: ChatEncoder) -> None:
@@ -250,9 +260,18 @@ def _count(report: DatasetReport, columns: dict[str, NDArray[Any]]) -> None:
     )
 
 
-def _require_usable(
-    report: DatasetReport, max_rejected_share: float, path: str, folder: Path
-) -> None:
+def require_usable(prepared: TokenDataset, max_rejected_share: float, path: str) -> None:
+    """Checks what became of the rows.
+
+    Args:
+        prepared: Data set.
+        max_rejected_share: Of its rows.
+        path: As the user named it.
+
+    Raises:
+        DataError: It has no rows, too many bad ones or no good one, or a mask of ones.
+    """
+    report, folder = prepared.report, prepared.folder
     if not report.num_rows:
         raise DataError(f"{path} has no rows", hint="check the path in the dataset section")
     if report.num_samples and report.num_all_supervised == report.num_samples - report.num_text > 0:

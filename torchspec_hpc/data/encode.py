@@ -41,6 +41,7 @@ class Preparation:
         model: Whose tokenizer and chat template count.
         max_seq_length: Tokens; longer samples keep their beginning.
         folder: Where shards go.
+        vocab_size: Of the target; None if it has no ``config.json`` that says so.
     """
 
     files: list[Path]
@@ -48,6 +49,7 @@ class Preparation:
     model: ModelConfig
     max_seq_length: int
     folder: Path
+    vocab_size: int | None
 
     def encoder(self) -> ChatEncoder:
         """The target's tokenizer and its chat template."""
@@ -67,7 +69,7 @@ def read_chunks(files: list[Path]) -> Iterator[Chunk]:
     for index, path in enumerate(files):
         for row in read_rows(path):
             rows.append((index, row))
-            num_bytes += len(row.value) if isinstance(row.value, bytes) else 0
+            num_bytes += row.num_bytes
             if len(rows) == SHARD_ROWS or num_bytes >= SHARD_BYTES:
                 yield Chunk(number, rows)
                 number, rows, num_bytes = number + 1, [], 0
@@ -152,6 +154,8 @@ def _sample(job: Preparation, item: Item, tokens: Tokens) -> Encoded | str:
         if length > job.max_seq_length:
             return f"answer cut off: {said} supervised tokens in the first {job.max_seq_length}"
         return f"too few supervised tokens: {said}"
+    if job.vocab_size is not None and (largest := int(ids.max(initial=0))) >= job.vocab_size:
+        return f"token id outside the vocabulary: {largest} of {job.vocab_size}"
     rendered = item.content if isinstance(item.content, Rendered) else None
     columns: dict[str, Any] = {
         "length": len(ids),

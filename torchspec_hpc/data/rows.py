@@ -25,10 +25,12 @@ class Row(NamedTuple):
     Attributes:
         line: Line of a JSONL file, number of the row elsewhere; counts from 1.
         value: The bytes of a line of JSON; elsewhere the object.
+        num_bytes: Size, about.
     """
 
     line: int
     value: Any
+    num_bytes: int
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -79,7 +81,7 @@ def _read_lines(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:
         for line, raw in enumerate(file, start=1):
             if raw.strip():
-                yield Row(line, raw)
+                yield Row(line, raw, len(raw))
 
 
 def _starts_array(path: Path) -> bool:
@@ -109,7 +111,7 @@ def _read_array(path: Path) -> Iterator[Row]:
                     hint="rewrite it as .jsonl, one row a line: then only the bad rows are lost",
                 ) from None
             number += 1
-            yield Row(number, value)
+            yield Row(number, value, end)
             window = rest.removeprefix(",").lstrip()
 
 
@@ -126,9 +128,11 @@ def _read_table(path: Path) -> Iterator[Row]:
     try:
         for batch in _record_batches(path):
             for start in range(0, batch.num_rows, _BATCH_ROWS):
-                for value in batch.slice(start, _BATCH_ROWS).to_pylist():
+                rows = batch.slice(start, _BATCH_ROWS)
+                mean_bytes = rows.nbytes // rows.num_rows
+                for value in rows.to_pylist():
                     number += 1
-                    yield Row(number, without_nulls(value))
+                    yield Row(number, without_nulls(value), mean_bytes)
     except pa.ArrowException as error:
         kind = "Parquet" if path.suffix == ".parquet" else "Arrow"
         raise DataError(f"{path} cannot be read as {kind}: {error}") from error
