@@ -7,12 +7,14 @@ A source is a file, a directory, or ``hf://organisation/name``; its rows keep al
 a ``source`` if they have none, and an id that no other source has. Which rows are taken depends on
 ``--seed`` and the sources alone: each is read twice, once to count and once to copy, so memory does
 not grow with them. Sources lie evenly in the output; training shuffles it again. Rows that are no
-JSON objects are left out, counted and named. ``OUTPUT.provenance.json`` says what was taken.
+JSON objects are left out, counted and named; dates are written as ISO 8601, a column of bytes is an
+error. ``OUTPUT.provenance.json`` says what was taken.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime as dt
 import json
 import logging
 import sys
@@ -26,7 +28,7 @@ import numpy as np
 from torchspec_hpc.config.rundir import write_atomic
 from torchspec_hpc.data.report import BadRow
 from torchspec_hpc.data.rows import read_rows, value_of
-from torchspec_hpc.data.sources import files_of
+from torchspec_hpc.data.sources import files_of, signature
 from torchspec_hpc.errors import DataError, UserError, exit_code_of
 
 logger = logging.getLogger("prepare_mix")
@@ -42,6 +44,8 @@ class Source:
         num_rows: Good rows that it has.
         num_bad: Others.
         quota: Rows to take.
+        files: Read twice.
+        signatures: Of the files before they were read.
     """
 
     name: str
@@ -50,10 +54,16 @@ class Source:
     num_bad: int = 0
     quota: int = 0
     files: list[Path] = field(default_factory=list)
+    signatures: list[tuple[int, int, int]] = field(default_factory=list)
 
     def count(self) -> None:
-        """Reads it once."""
+        """Reads it once.
+
+        Raises:
+            DataError: There is nothing to read, or it cannot be written as JSON.
+        """
         self.files = files_of(self.name)
+        self.signatures = [signature(path) for path in self.files]
         bad: list[str] = []
         self.num_rows = sum(1 for _ in self.rows(bad))
         self.num_bad = len(bad)
@@ -68,6 +78,8 @@ class Source:
                     value = value_of(row)
                     if not isinstance(value, dict):
                         raise BadRow(f"not an object: found {type(value).__name__}")
+                    if path.suffix in (".parquet", ".arrow"):
+                        value = as_json(value, path)
                 except BadRow as error:
                     bad.append(f"{path} line {row.line}: {error}")
                     continue
@@ -80,9 +92,46 @@ class Source:
         bits = np.random.PCG64(np.random.SeedSequence((seed, number))).random_raw(self.num_rows)
         taken = np.zeros(self.num_rows, dtype=np.bool_)
         taken[np.argsort(bits, kind="stable")[: self.quota]] = True
-        for row, wanted in zip(self.rows([]), taken, strict=True):
+        # a file that grew or shrank is an error, but only require_unchanged() can tell for sure
+        for row, wanted in zip(self.rows([]), taken, strict=False):
             if wanted:
                 yield row
+
+    def require_unchanged(self) -> None:
+        """The two readings must have seen the same rows.
+
+        Raises:
+            DataError: A file was written to.
+        """
+        if [signature(path) for path in self.files] != self.signatures:
+            raise DataError(
+                f"{self.name} changed while it was read",
+                hint="wait until it is written, and try again",
+            )
+
+
+def as_json(row: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A row of a table as plain values.
+
+    Raises:
+        DataError: A column has values that JSON has no form for.
+    """
+    for column, value in row.items():
+        try:
+            row[column] = json.loads(json.dumps(value, default=_as_text))
+        except TypeError as error:  # noqa: PERF203
+            raise DataError(
+                f"{path}: the column {column} cannot be written as JSON: {error}",
+                allowed="text, numbers, dates, lists and objects",
+                hint="leave the column out of the file, images and sounds are not trained on",
+            ) from None
+    return row
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, (dt.date, dt.time)):
+        return value.isoformat()
+    raise TypeError(f"it has {type(value).__name__}")
 
 
 def set_quotas(sources: list[Source], num_rows: int | None) -> None:
@@ -116,7 +165,31 @@ def mix(sources: list[Source], seed: int) -> Iterator[dict[str, Any]]:
         open_ones = [i for i, source in enumerate(sources) if written[i] < source.quota]
         i = min(open_ones, key=lambda i: ((written[i] + 0.5) / sources[i].quota, i))
         written[i] += 1
-        yield next(streams[i])
+        if (row := next(streams[i], None)) is None:
+            sources[i].require_unchanged()
+            raise AssertionError(f"{sources[i].name} has fewer rows than were counted")
+        yield row
+
+
+def write(sources: list[Source], seed: int, output: Path) -> None:
+    """Writes the mix; all of it or nothing.
+
+    Raises:
+        DataError: A source changed meanwhile, or the file cannot be made.
+    """
+    temporary = output.with_name(f".{output.name}.part")
+    try:
+        # half of a surrogate pair, which UTF-8 cannot take, becomes JSON's own escape
+        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            for row in mix(sources, seed):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        for source in sources:
+            source.require_unchanged()
+        temporary.replace(output)
+    except OSError as error:
+        raise DataError(f"cannot make {output}: {error}", hint="check --output") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def parse_source(text: str) -> Source:
@@ -146,14 +219,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for source in args.sources:
             source.count()
         set_quotas(args.sources, args.rows)
+        write(args.sources, args.seed, args.output)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return exit_code_of(error)
-    temporary = args.output.with_name(f".{args.output.name}.part")
-    with temporary.open("w", encoding="utf-8") as file:
-        for row in mix(args.sources, args.seed):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    temporary.replace(args.output)
     taken = [
         {
             "source": s.name,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime as dt
 import json
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,56 @@ def test_too_few_rows(
     assert tool.main([*sources, "--output", str(tmp_path / "mix.jsonl"), "--rows", "999"]) == 2
     assert "it has 100" in capsys.readouterr().err
     assert not (tmp_path / "mix.jsonl").exists()
+
+
+def write_table(path: Path, **columns: list[Any]) -> Path:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(pa.table(columns), path)
+    return path
+
+
+def test_dates_and_half_surrogates(tmp_path: Path) -> None:
+    day = dt.datetime(2026, 1, 2, 3, tzinfo=dt.timezone.utc)
+    dates = write_table(tmp_path / "a.parquet", text=["x"], day=[day], days=[[day.date()]])
+    half = write_jsonl(tmp_path / "b.jsonl", [{"text": "\ud800 \u00f6"}])
+    rows = run(tmp_path, [f"{dates}=1", f"{half}=1"])
+    assert (rows[0]["day"], rows[0]["days"]) == ("2026-01-02T03:00:00+00:00", ["2026-01-02"])
+    assert rows[1]["text"] == "\ud800 \u00f6"
+
+
+def test_bytes_are_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_table(tmp_path / "a.parquet", text=["x"], image=[{"bytes": b"png"}])
+    assert tool.main([f"{path}=1", "--output", str(tmp_path / "mix.jsonl")]) == 2
+    assert "the column image cannot be written as JSON: it has bytes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rows", [99, 101])
+def test_a_source_that_changes(
+    tmp_path: Path,
+    sources: list[str],
+    rows: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    set_quotas = tool.set_quotas
+
+    def set_quotas_late(*args: Any) -> None:
+        set_quotas(*args)
+        write_jsonl(tmp_path / "a.jsonl", [{"text": "new"}] * rows)
+
+    monkeypatch.setattr(tool, "set_quotas", set_quotas_late)
+    assert tool.main([*sources, "--output", str(tmp_path / "mix.jsonl")]) == 2
+    assert "changed while it was read" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*mix*"))
+
+
+def test_an_output_that_cannot_be(
+    tmp_path: Path, sources: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tool.main([*sources, "--output", str(tmp_path / "none" / "mix.jsonl")]) == 2
+    assert "cannot make" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["a.jsonl", "a.jsonl=x", "=1", "a.jsonl=0"])
