@@ -270,7 +270,7 @@ def _process_state() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("sections", "argv", "message"),
     [
-        ({"inference": {"engine": "sglang"}}, [], "sglang, which has no implementation yet"),
+        ({"inference": {"engine": "sglang"}}, [], "the package sglang is not installed"),
         ({}, ["--num-ranks=2"], "2 ranks for 1 engines"),
         ({"model": {"target_model_path": "/missing"}}, [], "/missing"),
         ({"inference": {"aux_hidden_states_layers": [5]}}, [], "the 4 layers of"),
