@@ -120,7 +120,8 @@ def test_interrupted_run_has_the_loss_curve_of_an_undisturbed_one(
     assert losses(run) == expected
 
 
-@pytest.mark.parametrize("num_trainers", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long  # a real limit of one minute, several times
+@pytest.mark.parametrize("num_trainers", [1, 2])
 def test_time_limit_requeues_and_loses_no_step(
     cluster: Cluster, config_file: ConfigWriter, num_trainers: int
 ) -> None:

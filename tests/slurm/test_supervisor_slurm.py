@@ -164,8 +164,9 @@ def test_one_allocation_for_both_groups(patient: Cluster, tmp_path: Path, topolo
     trainer = "infer1" if topology == "single" else "infer0"
     assert list(run.dir.latest_logs.glob(f"training/{trainer}/*.log"))
     if topology == "one_node":
-        assert devices(run, "inference") == {"0,1"}
-        assert devices(run, "training") == {"2,3"}, log
+        # which step comes first is chance
+        found = devices(run, "inference"), devices(run, "training")
+        assert found in (({"0,1"}, {"2,3"}), ({"2,3"}, {"0,1"})), log
 
 
 def test_a_job_without_engines(patient: Cluster, tmp_path: Path) -> None:
