@@ -89,21 +89,23 @@ def test_no_row_can_end_a_preparation(
     parse_row = encode.parse_row
 
     def parse_or_fail(row: Any, prompt_key: str | None) -> Any:
-        return {}["key"] if row["id"] == "3" else parse_row(row, prompt_key)
+        return {}["key"] if row.get("id") == "3" else parse_row(row, prompt_key)
 
     monkeypatch.setattr(encode, "parse_row", parse_or_fail)
     half = GOOD[5] | {"tools": [{"name": "f", "description": "\ud800"}]}
     template = tmp_path / "tools.jinja"
     template.write_text("{{ tools | tojson if tools }}" + load_tokenizer(model, None).chat_template)
-    path = write_jsonl(tmp_path / "a.jsonl", [*GOOD[:5], half])
+    path = write_jsonl(tmp_path / "a.jsonl", [*GOOD[:5], half, {"\ud800": 1}])
     prepared = prepare(
         path, model, tmp_path / "c", 500, max_rejected_share=0.5, chat_template=str(template)
     )
     assert len(prepared) == 4
-    assert [item["reason"] for item in read_jsonl(prepared.folder / "rejected.jsonl")] == [
+    rejected = [item["reason"] for item in read_jsonl(prepared.folder / "rejected.jsonl")]
+    assert rejected[:2] == [
         "unexpected KeyError: 'key'",
         "content is not Unicode: what the chat template makes of it has half of a surrogate pair",
     ]
+    assert rejected[2].startswith("no column of turns: found \\ud800;")
 
 
 def test_too_many_bad_rows(tmp_path: Path, model: ModelConfig) -> None:

@@ -293,11 +293,16 @@ def test_special_tokens_are_no_text() -> None:
 @pytest.mark.slow
 @pytest.mark.vllm
 def test_vllm_in_this_process(tmp_path: Path, tiny_target: Path) -> None:
-    write(tmp_path / "in.jsonl", prompt("a", "What is red?", "And blue?"), prompt("b", "x " * 600))
+    picture = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    asked = [prompt("a", "What is red?", "And blue?"), prompt("b", "x " * 600)]
+    asked.append({"id": "c", "messages": [{"role": "user", "content": picture}]})
+    write(tmp_path / "in.jsonl", *asked)
     settings = AnswerSettings(str(tiny_target), max_tokens=8, keep_loops=True, concurrency=2)
     answerer = start_offline(settings, max_model_len=256, tp_size=1, trust_remote_code=False)
     outcome = regenerate(tmp_path / "in.jsonl", tmp_path / "out.jsonl", settings, answerer, 60)
-    assert (outcome.done, outcome.skipped) == (1, 1)
+    assert (outcome.done, outcome.skipped) == (1, 2)
     row = read(tmp_path / "out.jsonl")["a"]
     assert row["messages"][1]["role"] == "assistant"
-    assert read(tmp_path / "out.jsonl.skipped.jsonl")["b"]["finish_reason"] == "too_long"
+    skipped = read(tmp_path / "out.jsonl.skipped.jsonl")
+    assert skipped["b"]["finish_reason"] == "too_long"
+    assert skipped["c"]["finish_reason"].startswith("chat template refuses it")

@@ -123,7 +123,7 @@ class OfflineEngine:
             top_p=settings.top_p,
             max_tokens=settings.max_tokens,
             seed=settings.seed,
-            skip_special_tokens=False,  # without them tool calls of gpt-oss look like text
+            skip_special_tokens=False,  # else what gpt-oss thinks and calls looks like text
             output_kind=RequestOutputKind.CUMULATIVE,
         )
         try:
@@ -188,7 +188,8 @@ def start_offline(
     """Starts vLLM; on CPU in this process, in float32, with a KV cache of 4 GiB unless told.
 
     Raises:
-        ConfigError: vLLM is not installed, or the model has no chat template.
+        ConfigError: vLLM is not installed, the model has no chat template, or takes no prompt
+            before so long an answer.
     """
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:
@@ -214,4 +215,11 @@ def start_offline(
         options |= {"max_num_seqs": settings.concurrency}
     else:
         options["tensor_parallel_size"] = tp_size
-    return OfflineEngine(LLMEngine.from_engine_args(EngineArgs(**options)), tokenizer, settings)
+    engine = LLMEngine.from_engine_args(EngineArgs(**options))
+    if settings.max_tokens >= (longest := engine.model_config.max_model_len):
+        raise ConfigError(
+            f"--max-tokens {settings.max_tokens} leaves no room for a prompt",
+            allowed=f"less than {longest}, prompt and answer of this model",
+            hint="lower --max-tokens",
+        )
+    return OfflineEngine(engine, tokenizer, settings)

@@ -97,7 +97,9 @@ def encode_chunk(job: Preparation, encoder: ChatEncoder, chunk: Chunk) -> int:
         else:
             samples.append(encoded)
     rejections = [
-        Rejection(str(job.files[file]), line, reason) for file, line, reason in sorted(rejected)
+        # a reason may quote half of a surrogate pair, which no terminal can show
+        Rejection(str(job.files[file]), line, reason.encode(errors="backslashreplace").decode())
+        for file, line, reason in sorted(rejected)
     ]
     write_shard(shard_path(job.folder, chunk.number), samples, rejections, len(chunk.rows))
     return len(chunk.rows)
