@@ -92,7 +92,7 @@ class Source:
         bits = np.random.PCG64(np.random.SeedSequence((seed, number))).random_raw(self.num_rows)
         taken = np.zeros(self.num_rows, dtype=np.bool_)
         taken[np.argsort(bits, kind="stable")[: self.quota]] = True
-        # a file that grew or shrank is an error, but only require_unchanged() can tell for sure
+        # not strict: require_unchanged() tells of files that grew or shrank
         for row, wanted in zip(self.rows([]), taken, strict=False):
             if wanted:
                 yield row

@@ -6,5 +6,6 @@
 all that for a shard of rows, ``dataset`` for a whole data set, ``shards`` keeps the result.
 
 ``sampler`` and ``packing`` say in which order samples are trained on, ``vocab`` which tokens a
-pruned draft head keeps, ``summary`` what an epoch costs. ``regenerate`` has the target answer anew.
+pruned draft head keeps, ``summary`` what an epoch costs. ``regenerate`` has the target answer anew:
+``dialogs`` are its rows, ``answerers`` and ``server`` who answers.
 """
