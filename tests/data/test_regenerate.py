@@ -306,3 +306,4 @@ def test_vllm_in_this_process(tmp_path: Path, tiny_target: Path) -> None:
     skipped = read(tmp_path / "out.jsonl.skipped.jsonl")
     assert skipped["b"]["finish_reason"] == "too_long"
     assert skipped["c"]["finish_reason"].startswith("chat template refuses it")
+    answerer._engine.engine_core.shutdown()  # and with it the process group
