@@ -72,7 +72,7 @@ def test_pruned_after_training(
         "architectures": ["LlamaForCausalLM"],
     }
     # a second time from the cache that the first, or training, has filled
-    [cached] = (run.parent / "cache").iterdir()
+    [cached] = [path for path in (run.parent / "cache").iterdir() if path.name != "digests"]
     before = cached.stat().st_mtime_ns
     coverage = analyze_vocabulary(run, DataRequest())
     assert cached.stat().st_mtime_ns == before
