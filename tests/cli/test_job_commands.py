@@ -11,7 +11,7 @@ from tests.cli.conftest import Command, invoke
 from tests.slurm.cluster import Cluster
 from tests.slurm.configs import small_config
 from tests.slurm.fake_workers.plan import Plan
-from tests.slurm.supervised import ROOT, Run, make_run
+from tests.slurm.supervised import ROOT, SLURM, Run, make_run
 from torchspec_hpc.config import RunDir, save_config
 from torchspec_hpc.errors import ConfigError, UserError
 from torchspec_hpc.slurm.ports import free_port
@@ -195,15 +195,7 @@ def test_preflight(login_node: Cluster, tmp_path: Path, ask: Command) -> None:
 
 def _start(cluster: Cluster, folder: Path, plan: Plan) -> tuple[Run, str]:
     """A run of stand-in workers."""
-    group = {"cpus_per_task": 1, "mem": "1000M"}
-    slurm = {
-        "network_interface": "lo",
-        "time": "00:10:00",
-        "signal_before_s": 60,
-        "inference": {**group, "partition": "infer"},
-        "training": {**group, "partition": "train"},
-    }
-    run = make_run(folder / "r", plan, cluster="slurm", slurm=slurm)
+    run = make_run(folder / "r", plan, cluster="slurm", slurm=SLURM)
     script = run.dir.script(0)
     script.parent.mkdir()
     script.write_text(render_script(run.config, run.dir, command=run.command))

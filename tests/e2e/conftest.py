@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import read_jsonl
+from tests.helpers import command_lines, read_jsonl
 from tests.slurm.conftest import cluster  # noqa: F401 - a fixture
 from torchspec_hpc.config.yaml_io import dump_yaml
 
@@ -88,17 +88,13 @@ def torchspec_hpc(
 
 def engines_of(run: Path, rank: int | None = 0) -> list[int]:
     """Processes of an engine of a run, its shepherd left out; None: the run's own, under Slurm."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_text().split("\0")
-        except OSError:  # ended meanwhile
-            continue
-        own = [""] if rank is None else ["--rank", str(rank)]
-        command = ["-m", "torchspec_hpc.inference.worker", "--run-dir", str(run), *own]
-        if words[1 : 1 + len(command)] == command:
-            found.append(int(path.parent.name))
-    return found
+    own = [""] if rank is None else ["--rank", str(rank)]
+    command = ["-m", "torchspec_hpc.inference.worker", "--run-dir", str(run), *own]
+    return [
+        process
+        for process, words in command_lines().items()
+        if words[1 : 1 + len(command)] == command
+    ]
 
 
 def losses(run: Path) -> dict[int, float]:

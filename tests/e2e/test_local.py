@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import make_tiny_target
 from tests.e2e.conftest import ConfigWriter, losses, torchspec_hpc
-from tests.helpers import conversations, read_jsonl, write_jsonl
+from tests.helpers import command_lines, conversations, read_jsonl, write_jsonl
 
 pytestmark = pytest.mark.slow
 
@@ -146,15 +146,8 @@ def test_what_the_workers_find_ends_the_run_with_one_message(
 
 def processes_naming(run: Path) -> list[str]:
     """Command lines of processes that work for a run."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = path.read_text().replace("\0", " ")
-        except OSError:
-            continue
-        if str(run) in line:
-            found.append(line)
-    return found
+    lines = [" ".join(words) for words in command_lines().values()]
+    return [line for line in lines if str(run) in line]
 
 
 def test_a_second_run_needs_no_engine(config_file: ConfigWriter, tmp_path: Path) -> None:

@@ -12,12 +12,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.helpers import read_jsonl
+from tests.helpers import command_lines, read_jsonl
 from tests.slurm.fake_workers.plan import Plan
 from torchspec_hpc.config import RunDir, parse_config, save_config
 from torchspec_hpc.config.schema import Config
 from torchspec_hpc.slurm.snapshot import snapshot_code
 
+#: Settings of a job of stand-in workers on the test cluster.
+GROUP = {"cpus_per_task": 1, "mem": "1000M"}
+SLURM = {
+    "network_interface": "lo",
+    "time": "00:10:00",
+    "signal_before_s": 60,
+    "inference": {**GROUP, "partition": "infer"},
+    "training": {**GROUP, "partition": "train"},
+}
 ROOT = Path(__file__).parents[2]
 
 
@@ -55,15 +64,8 @@ class Run:
 
     def processes(self) -> list[str]:
         """Command lines of processes that work for this run."""
-        lines = []
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                line = path.read_text().replace("\0", " ")
-            except OSError:  # ended meanwhile
-                continue
-            if str(self.dir.root) in line:
-                lines.append(line)
-        return lines
+        lines = [" ".join(words) for words in command_lines().values()]
+        return [line for line in lines if str(self.dir.root) in line]
 
     def steps(self) -> list[int]:
         """Steps in the order in which they were trained, over all attempts."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import free_port
+from tests.helpers import command_lines, free_port
 from torchspec_hpc.config.endpoints import split_endpoint
 from torchspec_hpc.config.transfer_schema import ControlConfig, MooncakeConfig
 from torchspec_hpc.errors import DeadlineExceeded, TorchspecError, UserError
@@ -189,12 +189,5 @@ def test_a_shepherd_that_was_told_to_end_starts_nothing_again(tmp_path: Path) ->
 
 
 def processes_with(word: str) -> list[int]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_text().split("\0")
-        except OSError:  # ended meanwhile
-            continue
-        if any(word in w for w in words):
-            found.append(int(path.parent.name))
-    return found
+    lines = command_lines().items()
+    return [process for process, words in lines if any(word in w for w in words)]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import command_lines
 from tests.slurm.fake_workers.plan import Plan
 from tests.slurm.supervised import Run, make_run
 from torchspec_hpc.errors import UserError
@@ -199,10 +200,9 @@ def test_a_batch_script_outside_of_a_het_job(tmp_path: Path) -> None:
 def end(run: Run, name: str) -> None:
     """Kills a service of this run, not its shepherd."""
     port = json.loads(run.dir.endpoints.read_text())["control"].split(":")[1]
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        words = path.read_text().split("\0")
+    for process, words in command_lines().items():
         if any(name in word for word in words) and port in words and "--" not in words:
-            os.kill(int(path.parent.name), signal.SIGKILL)
+            os.kill(process, signal.SIGKILL)
 
 
 def test_a_cancelled_run_is_not_started(tmp_path: Path) -> None:

@@ -11,20 +11,12 @@ import pytest
 
 from tests.slurm.cluster import Cluster, Layout
 from tests.slurm.fake_workers.plan import Plan
-from tests.slurm.supervised import ROOT, Run, make_run
+from tests.slurm.supervised import GROUP, ROOT, SLURM, Run, make_run
 from torchspec_hpc.slurm.record import RunRecord
 from torchspec_hpc.slurm.render import render_script
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 
-GROUP = {"cpus_per_task": 1, "mem": "1000M"}
-SLURM = {
-    "network_interface": "lo",
-    "time": "00:10:00",
-    "signal_before_s": 60,
-    "inference": {**GROUP, "partition": "infer"},
-    "training": {**GROUP, "partition": "train"},
-}
 TWO_NODES = {"training": {"training_num_nodes": 2}, "inference": {"inference_num_gpus": 2}}
 
 

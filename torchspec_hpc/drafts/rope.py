@@ -11,7 +11,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 #: Kinds whose frequencies change with the length of the sequence.
-LENGTH_DEPENDENT = ("dynamic", "longrope")
+_LENGTH_DEPENDENT = ("dynamic", "longrope")
+
+
+def depends_on_length(rope_parameters: dict[str, Any]) -> bool:
+    """Whether a model's positions are scaled by the length of the sequence."""
+    return rope_parameters["rope_type"] in _LENGTH_DEPENDENT
 
 
 class RotaryEmbedding:
@@ -42,6 +47,7 @@ class RotaryEmbedding:
             rope_scaling=scaling,
         )
         self._kind: str = rope_parameters["rope_type"]
+        self._depends_on_length = depends_on_length(rope_parameters)
         with torch.device("cpu"):  # values, even where the model is built on meta
             rotary = LlamaRotaryEmbedding(self._config)
         self._frequencies: Tensor = rotary.inv_freq  # [head_dim/2] float32
@@ -54,7 +60,7 @@ class RotaryEmbedding:
             lengths: [D], on the CPU.
             device: Where they are wanted.
         """
-        if self._kind not in LENGTH_DEPENDENT:
+        if not self._depends_on_length:
             if self._frequencies.device != torch.device(device):  # once
                 self._frequencies = self._frequencies.to(device)
             return self._frequencies.expand(len(lengths), -1)

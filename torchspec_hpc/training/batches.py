@@ -5,23 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 from torchspec_hpc.config.checkpoint_meta import Progress
 from torchspec_hpc.config.schema import TrainingConfig
-from torchspec_hpc.data.sample import Sample
 from torchspec_hpc.data.sampler import Sampler, positions_of
 from torchspec_hpc.drafts.batch import PackedBatch
-from torchspec_hpc.training.answers import Answers
+from torchspec_hpc.training.answers import Answers, Samples
 from torchspec_hpc.training.parallel import World
 from torchspec_hpc.training.prefetch import Documents, Prefetcher
-
-
-class Samples(Protocol):
-    """What is trained on: :class:`torchspec_hpc.data.dataset.TokenDataset`."""
-
-    def __getitem__(self, index: int) -> Sample:
-        """Token ids and loss mask."""
 
 
 @dataclass(frozen=True)

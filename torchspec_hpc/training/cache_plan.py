@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from torchspec_hpc.data.sampler import Sampler
 from torchspec_hpc.errors import ConfigError
-from torchspec_hpc.training.batches import Samples
+from torchspec_hpc.training.answers import Samples
 from torchspec_hpc.training.state_cache import StateCache, name_of
 
 #: Greater and smaller than every name.

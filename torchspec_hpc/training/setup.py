@@ -39,12 +39,11 @@ from torchspec_hpc.training.trainer import Trainer
 from torchspec_hpc.training.vocabulary import load_kept_ids
 from torchspec_hpc.transfer.control import ControlClient
 from torchspec_hpc.transfer.feed import HiddenStateFeed
+from torchspec_hpc.transfer.holders import STALE_BEATS
 from torchspec_hpc.transfer.store import HiddenStateStore
 
 #: Share of a segment that requests may fill; the rest is the allocator's.
 _SEGMENT_SHARE = 0.9
-#: A heartbeat that is older than so many intervals is of an engine that is gone.
-_STALE_BEATS = 4
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +104,7 @@ def build_trainer(
         step=Eagle3Step(draft, head, optimizer, world, settings),
         batches=batches,
         feed=states,
-        monitor=EngineMonitor(control, _STALE_BEATS * config.control.heartbeat_s),
+        monitor=EngineMonitor(control, STALE_BEATS * config.control.heartbeat_s),
         checkpointer=checkpointer,
         progress=progress,
         num_steps=num_steps,

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from torchspec_hpc.config import Config
 from torchspec_hpc.config.rundir import cache_dir, write_atomic
-from torchspec_hpc.drafts.rope import LENGTH_DEPENDENT
+from torchspec_hpc.drafts.rope import depends_on_length
 from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.observe.provenance import versions
 from torchspec_hpc.target.files import fingerprint
@@ -185,7 +185,7 @@ def _about(
     engine, installed = config.inference, versions()
     device_type = _device_type(config, device_type)
     arguments = engine.model_dump(mode="json").get(engine.engine, {})
-    by_length = spec.rope_parameters["rope_type"] in LENGTH_DEPENDENT
+    by_length = depends_on_length(spec.rope_parameters)
     return {
         "version": _VERSION,
         "target": spec.path,

@@ -13,7 +13,7 @@ from torchspec_hpc.transfer.messages import MessageError, Taken
 logger = logging.getLogger(__name__)
 
 #: An engine that has sent no heartbeat for so many of its intervals is gone.
-_STALE_BEATS = 4
+STALE_BEATS = 4
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Holders:
 
     def __init__(self, control: ControlClient, rank: int, heartbeat_s: float) -> None:
         self._control, self._rank, self._interval_s = control, rank, heartbeat_s
-        self._stale_s = _STALE_BEATS * heartbeat_s
+        self._stale_s = STALE_BEATS * heartbeat_s
         self._taken: dict[str, Taken] = {}  # by key
         self._silent: dict[str, float] = {}  # key -> since when nobody says that it has it
         self._engines: dict[int, _Engine] = {}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from torchspec_hpc.drafts.rope import LENGTH_DEPENDENT
+from torchspec_hpc.drafts.rope import depends_on_length
 from torchspec_hpc.inference.delivery import Delivery, Destination
 from torchspec_hpc.inference.engines.base import (
     EngineContext,
@@ -31,7 +31,7 @@ class HfEngine:
         if inference.num_threads is not None:
             torch.set_num_threads(inference.num_threads)
         # such targets scale their positions by the longest prompt of the batch
-        by_length = context.spec.rope_parameters["rope_type"] in LENGTH_DEPENDENT
+        by_length = depends_on_length(context.spec.rope_parameters)
         alone = inference.batch_invariant or by_length
         self._batch_prompts = 1 if alone else inference.inference_batch_size
         self._batch_tokens = inference.max_num_batched_tokens or _DEFAULT_BATCH_TOKENS
