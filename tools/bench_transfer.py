@@ -198,8 +198,10 @@ def _engine_main(
 
 def _puts(side: Side, num_threads: int, way: str, key: str, num_bytes: int, segment: str) -> None:
     with ThreadPoolExecutor(num_threads) as pool:
-        for i in range(num_threads):
-            pool.submit(side.put, way, f"{key}/{i}", num_bytes, segment)
+        # the list raises what a put has raised: a failed one must not count as fast
+        list(
+            pool.map(lambda i: side.put(way, f"{key}/{i}", num_bytes, segment), range(num_threads))
+        )
 
 
 def _send(connection: socket.socket, source: torch.Tensor) -> None:

@@ -13,8 +13,8 @@ from tests.slurm.configs import small_config
 from tests.slurm.fake_workers.plan import Plan
 from tests.slurm.supervised import ROOT, SLURM, Run, make_run
 from torchspec_hpc.config import RunDir, save_config
+from torchspec_hpc.config.ports import free_port
 from torchspec_hpc.errors import ConfigError, UserError
-from torchspec_hpc.slurm.ports import free_port
 from torchspec_hpc.slurm.record import RunRecord
 from torchspec_hpc.slurm.render import render_script
 

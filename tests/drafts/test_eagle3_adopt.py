@@ -104,13 +104,13 @@ def test_weights_and_vocabulary(config: Eagle3Config) -> None:
     kept = torch.arange(5, 500, 25)[:20]
     embedding = torch.rand(512, 64)
     tensors = _published(config, kept) | {EMBEDDING: embedding.half()}
-    weights, found = adopted_weights(tensors, config, embedding)
+    weights, found = adopted_weights(tensors, config, lambda: embedding)
     assert torch.equal(found, kept)
     assert torch.equal(
         weights["midlayer.mlp.up_proj.weight"], tensors["layers.0.mlp.up_proj.weight"]
     )
     full = replace(config, draft_vocab_size=512)
-    weights, found = adopted_weights(_published(full, None), full, embedding)
+    weights, found = adopted_weights(_published(full, None), full, lambda: embedding)
     assert found is None
     assert weights["lm_head.weight"].shape == (512, 64)
 
@@ -118,9 +118,9 @@ def test_weights_and_vocabulary(config: Eagle3Config) -> None:
 def test_tensors_that_do_not_fit_are_refused(config: Eagle3Config) -> None:
     tensors, embedding = _published(config, torch.arange(20)), torch.rand(512, 64)
     with pytest.raises(ConfigError, match="an embedding of its own"):
-        adopted_weights(tensors | {EMBEDDING: embedding + 1}, config, embedding)
+        adopted_weights(tensors | {EMBEDDING: embedding + 1}, config, lambda: embedding)
     with pytest.raises(ContractError, match=r"fc.bias is not part of the contract"):
-        adopted_weights(tensors | {"fc.bias": torch.zeros(64)}, config, embedding)
+        adopted_weights(tensors | {"fc.bias": torch.zeros(64)}, config, lambda: embedding)
     del tensors["d2t"]
     with pytest.raises(ContractError, match="d2t is missing"):
-        adopted_weights(tensors, config, embedding)
+        adopted_weights(tensors, config, lambda: embedding)

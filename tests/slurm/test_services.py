@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import command_lines, free_port
+from torchspec_hpc.config import ports
 from torchspec_hpc.config.endpoints import split_endpoint
+from torchspec_hpc.config.ports import require_bindable
 from torchspec_hpc.config.transfer_schema import ControlConfig, MooncakeConfig
 from torchspec_hpc.errors import DeadlineExceeded, TorchspecError, UserError
-from torchspec_hpc.slurm import ports
-from torchspec_hpc.slurm.ports import require_bindable
 from torchspec_hpc.slurm.processes import Child, shepherded
 from torchspec_hpc.slurm.services import ControlStore, MooncakeMaster
 from torchspec_hpc.slurm.steps import ServiceRuntime

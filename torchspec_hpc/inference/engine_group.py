@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import secrets
-import socket
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from pathlib import Path
 
 from torchspec_hpc.config import RunDir
 from torchspec_hpc.config.endpoints import Endpoints
+from torchspec_hpc.config.ports import free_port
 from torchspec_hpc.config.rundir import write_atomic
 from torchspec_hpc.errors import EXIT_CRASH, DeadlineExceeded
 from torchspec_hpc.inference.placement import Placement
@@ -71,7 +71,7 @@ class EngineGroup:
         """Makes a session; for the process of the first node."""
         address = self._endpoints.own_address()
         name = secrets.token_hex(8)
-        session = Session(name, self._endpoints.attempt, address, _free_port(address))
+        session = Session(name, self._endpoints.attempt, address, free_port(address))
         write_atomic(self._file, asdict(session))
         return session
 
@@ -122,10 +122,3 @@ def _text(path: Path) -> str:
     with contextlib.suppress(FileNotFoundError):
         return path.read_text(encoding="utf-8")
     return ""
-
-
-def _free_port(address: str) -> int:
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from torchspec_hpc.config.endpoints import node_name
 from torchspec_hpc.config.load import load_config
+from torchspec_hpc.config.ports import free_port
 from torchspec_hpc.config.rundir import RunDir
 from torchspec_hpc.config.schema import Config
 from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.slurm.job import JobFate
-from torchspec_hpc.slurm.ports import free_port
 from torchspec_hpc.slurm.processes import Child, shepherded
 from torchspec_hpc.slurm.steps import (
     INFERENCE,

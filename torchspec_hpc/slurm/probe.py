@@ -21,9 +21,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from torchspec_hpc.config.ports import require_bindable
 from torchspec_hpc.errors import UserError
 from torchspec_hpc.observe.provenance import versions
-from torchspec_hpc.slurm.ports import require_bindable
 
 _IMPORT_S = 300.0
 _NVIDIA_S = 30.0

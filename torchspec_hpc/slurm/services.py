@@ -19,10 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from torchspec_hpc.config.endpoints import join_endpoint
+from torchspec_hpc.config.ports import free_port, require_bindable
 from torchspec_hpc.config.schema import Config
 from torchspec_hpc.config.transfer_schema import ControlConfig, MooncakeConfig
 from torchspec_hpc.errors import DeadlineExceeded, TorchspecError, UserError
-from torchspec_hpc.slurm.ports import free_port, require_bindable
 from torchspec_hpc.slurm.processes import Child, shepherded, tail
 from torchspec_hpc.slurm.steps import ServiceRuntime
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchspec_hpc.config.load import load_config
+from torchspec_hpc.config.ports import free_port, require_bindable
 from torchspec_hpc.config.rundir import RunDir
-from torchspec_hpc.slurm.ports import free_port, require_bindable
 from torchspec_hpc.slurm.record import require_run
 from torchspec_hpc.slurm.runtime import Runtime
 from torchspec_hpc.slurm.scheduler import refused, run_client, sbatch_command

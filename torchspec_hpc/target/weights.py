@@ -54,7 +54,7 @@ def load_target_tensors(model: ModelConfig, spec: TargetSpec, dtype: torch.dtype
     checkpoint = _Checkpoint(model.target_model_path)
     v, h = spec.vocab_size, spec.hidden_size
 
-    embedding = checkpoint.load(model.embedding_key, "model.embedding_key", (v, h)).to(dtype)
+    embedding = _embedding(checkpoint, model, spec).to(dtype)
     norm = checkpoint.load(model.norm_key, "model.norm_key", (h,))
     norm = norm.to(torch.promote_types(dtype, torch.float32)) + spec.norm_offset
     if spec.tie_word_embeddings and model.lm_head_key not in checkpoint.keys:
@@ -70,6 +70,16 @@ def load_target_tensors(model: ModelConfig, spec: TargetSpec, dtype: torch.dtype
             )
         lm_head = embedding
     return TargetTensors(embedding, norm, lm_head)
+
+
+def load_embedding(model: ModelConfig, spec: TargetSpec) -> Tensor:
+    """Loads the embedding alone, [V, H] in its own dtype; arguments and errors as above."""
+    return _embedding(_Checkpoint(model.target_model_path), model, spec)
+
+
+def _embedding(checkpoint: _Checkpoint, model: ModelConfig, spec: TargetSpec) -> Tensor:
+    shape = spec.vocab_size, spec.hidden_size
+    return checkpoint.load(model.embedding_key, "model.embedding_key", shape)
 
 
 class _Checkpoint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torchspec_hpc.drafts.eagle3.config import Eagle3Config
 from torchspec_hpc.errors import ConfigError, UserError
 from torchspec_hpc.target.files import model_file
 from torchspec_hpc.target.spec import TargetSpec
-from torchspec_hpc.target.weights import load_target_tensors
+from torchspec_hpc.target.weights import load_embedding
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -78,7 +79,7 @@ def _load(
             hint="set model.draft_vocab_size to what it has; null if that is the target's "
             f"{spec.vocab_size}",
         )
-    embedding = load_target_tensors(model, spec, torch.float32).embedding
+    embedding = partial(load_embedding, model, spec)
     weights, kept_ids = adopted_weights(_read_tensors(path), config, embedding)
     return InitialDraft(config, weights, kept_ids)
 

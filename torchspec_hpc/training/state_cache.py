@@ -225,8 +225,6 @@ def _remove_damaged(file: Path, reason: str) -> None:
 
 
 def _remove_if_left_behind(file: Path) -> None:
-    try:
+    with contextlib.suppress(OSError):  # its writer was faster, or this user may only read
         if time.time() - file.stat().st_mtime > _LEFT_BEHIND_S:
             file.unlink()
-    except FileNotFoundError:  # its writer was faster
-        pass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -103,14 +103,14 @@ def _check_layers(values: Mapping[str, Any], spec: TargetSpec, aux_layers: tuple
 
 
 def adopted_weights(
-    tensors: Mapping[str, Tensor], config: Eagle3Config, embedding: Tensor
+    tensors: Mapping[str, Tensor], config: Eagle3Config, embedding: Callable[[], Tensor]
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """The parameters of a published draft and the tokens its head can say.
 
     Args:
         tensors: As they are stored, in either format.
         config: Of :func:`adopted_config`.
-        embedding: [V, H], the target's.
+        embedding: Loads the target's, [V, H]; asked only where the draft brings one.
 
     Returns:
         float32 weights by the name of the parameter; ascending target ids [V_draft], None if the
@@ -122,7 +122,7 @@ def adopted_weights(
     """
     named = {parameter_name(name): tensor for name, tensor in tensors.items()}
     own = named.pop(EMBEDDING, None)
-    if own is not None and not _is_same(own, embedding):
+    if own is not None and not _is_same(own, embedding()):
         raise ConfigError(
             "the published draft has an embedding of its own",
             allowed="drafts that read the target's: only that is kept here",

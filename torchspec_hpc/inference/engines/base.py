@@ -9,7 +9,8 @@ to the process that asked.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol
@@ -152,3 +153,33 @@ def check_prompt(token_ids: npt.NDArray[np.int32], max_tokens: int, vocab_size: 
         raise PromptRefused(
             f"the prompt holds token id {bad}; the target's ids are 0 to {vocab_size - 1}"
         )
+
+
+def check_arguments(
+    engine: str, extra: Collection[str], managed: Mapping[str, str | None], known: Collection[str]
+) -> None:
+    """Refuses ``extra_args`` that are ours to set, or that the engine does not know.
+
+    Args:
+        engine: As its makers write it; its section of the configuration is in small letters.
+        extra: Names that the user gives.
+        managed: Names that are ours, and the key that sets each, if there is one.
+        known: Names that the installed engine knows.
+
+    Raises:
+        ConfigError: Names the argument, and the key that sets it or the nearest name.
+    """
+    what = f"inference.{engine.lower()}.extra_args holds"
+    for name in extra:
+        if name in managed:
+            key = managed[name]
+            raise ConfigError(
+                f"{what} {name}, which is set for you",
+                hint=f"set {key} instead" if key else "remove it",
+            )
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(
+                f"{what} {name}, which this {engine} does not know"
+                + (f"; did you mean {near[0]}?" if near else "")
+            )

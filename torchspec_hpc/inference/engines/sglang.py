@@ -11,7 +11,6 @@ Not run on a GPU yet; its calls are checked against the interfaces of the 0.5.23
 from __future__ import annotations
 
 import asyncio
-import difflib
 import inspect
 import logging
 from collections.abc import Collection
@@ -24,6 +23,7 @@ from torchspec_hpc.inference.engines.base import (
     EngineContext,
     Finished,
     PromptRefused,
+    check_arguments,
     check_prompt,
 )
 from torchspec_hpc.inference.engines.sglang_capture import request_id
@@ -203,19 +203,7 @@ def check_extra_args(sglang: SglangConfig, known: Collection[str]) -> None:
     Raises:
         ConfigError: Names the argument, and the key that sets it or the nearest name.
     """
-    for name in sglang.extra_args:
-        if name in _MANAGED:
-            key = _MANAGED[name]
-            raise ConfigError(
-                f"inference.sglang.extra_args holds {name}, which is set for you",
-                hint=f"set {key} instead" if key else "remove it",
-            )
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise ConfigError(
-                f"inference.sglang.extra_args holds {name}, which this SGLang does not know"
-                + (f"; did you mean {near[0]}?" if near else "")
-            )
+    check_arguments("SGLang", sglang.extra_args, _MANAGED, known)
     missing = sorted(set(_MANAGED) - set(known))
     if missing:
         raise ConfigError(

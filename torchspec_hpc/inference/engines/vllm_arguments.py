@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Collection
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from torchspec_hpc.config.inference_schema import InferenceConfig
 from torchspec_hpc.errors import ConfigError
 from torchspec_hpc.inference.engine_group import Session
-from torchspec_hpc.inference.engines.base import EngineContext
+from torchspec_hpc.inference.engines.base import EngineContext, check_arguments
 
 _CONNECTOR_MODULE = "torchspec_hpc.inference.engines.vllm_connector"
 _CPU_KV_CACHE_BYTES = 1 << 30
@@ -204,20 +203,9 @@ def check_extra_args(inference: InferenceConfig, known: Collection[str]) -> None
         if name in _REFUSED:
             reason, hint = _REFUSED[name]
             raise ConfigError(f"inference.vllm.extra_args holds {name}: {reason}", hint=hint)
-        if name in _MANAGED:
-            key = _MANAGED[name]
-            raise ConfigError(
-                f"inference.vllm.extra_args holds {name}, which is set for you",
-                hint=f"set {key} instead" if key else "remove it",
-            )
         if name == "enable_prefix_caching" and inference.batch_invariant:
             raise ConfigError(
                 f"inference.vllm.extra_args holds {name}, which batch_invariant switches off",
                 hint="remove it, or set inference.batch_invariant=false",
             )
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise ConfigError(
-                f"inference.vllm.extra_args holds {name}, which this vLLM does not know"
-                + (f"; did you mean {near[0]}?" if near else "")
-            )
+    check_arguments("vLLM", inference.vllm.extra_args, _MANAGED, known)
