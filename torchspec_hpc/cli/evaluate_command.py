@@ -174,6 +174,7 @@ def served_table(figures: dict[str, Any]) -> Table:
 
     A column whose rows all say the same is said once, in the title.
     """
+    from rich import box
     from rich.table import Table
 
     rows = [_cells(row) for row in figures["results"]]
@@ -183,10 +184,12 @@ def served_table(figures: dict[str, Any]) -> Table:
         if len(values := {row[name] for row in rows} - {"-"}) == 1
     }
     what = "; ".join(f"{name} {value}" for name, value in once.items())
-    table = Table(title=f"Served in vLLM; answers of up to {figures['max_tokens']} tokens; {what}")
+    title = f"Served in vLLM; answers of up to {figures['max_tokens']} tokens; {what}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     shown = [name for name in rows[0] if name not in once]
     for name in shown:
-        table.add_column(name, justify="left" if name in ("draft", "prompts") else "right")
+        is_name = name in ("draft", "prompts")  # cut short it would name nothing
+        table.add_column(name, justify="left" if is_name else "right", no_wrap=is_name)
     for row in rows:
         table.add_row(*(row[name] for name in shown))
     table.caption = (
